@@ -1,0 +1,296 @@
+"""The tile codec's network: KLT-started linear transform, integer entropy model, int8 chain.
+
+    x -> g_a -> y --gain(E)--> v -> round(v - mu) -> q        E = clip(G + a(z), 0, 255)
+               y -> h_a -> z -> h_s -> h, a                    a: adaptive step, per position
+    stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(groups) - 1
+    x_hat    = linear(y_hat) + step(E) * chain(context(y_hat), E)
+
+Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
+Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
+the orthonormal KLT and its inverse and stay so: errors of latents and pixels are the same, and no
+quality is out of reach. Both learned corrections scale with the step, so they fade as it shrinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tools.train.integer import IntegerConv, floor_at, straight_through
+from tools.train.settings import NetworkSettings
+
+GAIN_STEPS_PER_OCTAVE = 32
+GAIN_TOP_STEP = 6  # log2 of the quantisation step at gain index 0
+SCALE_STEPS_PER_OCTAVE = 8
+SCALE_LOG2_OF_CLASS_1 = -2.75
+SCALE_CLASSES = 128
+UNIT = 5  # exponent of hidden activations, contexts and the gain plane: steps of 1/32
+Z_EXPONENT = 2
+STEP_EXPONENT = 0  # adaptive step, in gain indices
+STEP_PEAK = 48
+MEAN_EXPONENT = 6  # means in 1/64 of a channel's KLT standard deviation
+MEAN_PEAK = 1023
+LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
+CHAIN_PEAK = 63
+CHAIN_OUT_EXPONENT = 6  # corrections in 1/64 of a step
+
+
+def gain_of(index: Tensor) -> Tensor:
+    return torch.exp2(index / GAIN_STEPS_PER_OCTAVE - GAIN_TOP_STEP)
+
+
+def scale_of(index: Tensor) -> Tensor:
+    """Standard deviation in steps of a scale class (class 0 is the always-zero class)."""
+    return torch.exp2((index - 1) / SCALE_STEPS_PER_OCTAVE + SCALE_LOG2_OF_CLASS_1)
+
+
+def gaussian_bits(value: Tensor, scale: Tensor) -> Tensor:
+    """Bits of a unit-width bin around ``value`` under a zero-mean normal distribution."""
+    value = value.abs()
+    upper = torch.special.ndtr((0.5 - value) / scale)
+    lower = torch.special.ndtr((-0.5 - value) / scale)
+    return -torch.log2((upper - lower).clamp_min(1e-9))
+
+
+class ResidualBlock(nn.Module):
+    """conv-ReLU-conv beside an identity; starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 3, padding=1)
+        self.b = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.b.weight)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.a(x)))
+
+
+class Stage(nn.Module):
+    """Parameters (scale class, and mean for the leading stages) of one channel group."""
+
+    def __init__(self, n: NetworkSettings, index: int) -> None:
+        super().__init__()
+        before = sum(n.groups[:index])
+        self.index, self.before, self.size = index, before, n.groups[index]
+        self.has_mean = index < n.mean_groups
+        signed = index < n.mean_groups
+        self.signed = signed
+        self.reduce: IntegerConv | None = None
+        self.context: IntegerConv | None = None
+        if before:
+            seen = min(before, n.context_channels)
+            self.seen = seen
+            if seen > 32:
+                self.reduce = IntegerConv(seen * (2 if signed else 1), n.context, 1, in_peak=127)
+                self.context = IntegerConv(n.context, n.context, 3)
+            else:
+                self.context = IntegerConv(seen * 2, n.context, 3, in_peak=127)
+        self.middle = IntegerConv(n.hyper + (n.context if before else 0) + 1, n.middle, 1)
+        self.scale = IntegerConv(
+            n.middle + 1, self.size, 1, out_exponent=3, high=SCALE_CLASSES - 1
+        )
+        self.mean: IntegerConv | None = None
+        if self.has_mean:
+            self.mean = IntegerConv(
+                n.middle, self.size, 1, out_exponent=MEAN_EXPONENT, low=-MEAN_PEAK, high=MEAN_PEAK
+            )
+            nn.init.zeros_(self.mean.weight)
+
+    def forward(self, h: Tensor, plane: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale class (float integers) and mean (KLT standard deviations; 0 where none)."""
+        parts = [h]
+        if self.context is not None:
+            assert context is not None
+            c = context[:, : self.seen]
+            c = torch.cat([c, c.abs()], 1) if self.signed else c.abs()
+            if self.reduce is not None:
+                c = self.reduce(c)
+            parts.append(self.context(c))
+        m = self.middle(torch.cat([*parts, plane], 1))
+        index = self.scale(torch.cat([m, plane], 1)) * 8.0
+        mean = self.mean(m) if self.mean is not None else torch.zeros_like(index)
+        return index, mean
+
+
+@dataclass
+class Rates:
+    """Bits per pixel of each image: everything, and the hyper-latents alone."""
+
+    total: Tensor
+    hyper: Tensor
+
+
+class TileNetwork(nn.Module):
+    """The whole codec for training; ``tools.export`` cuts it into the shipped graphs."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        n = self.settings = settings
+        side, channels, pixels = n.block, n.latent_channels, 3 * n.block**2
+        self.features = nn.Conv2d(3, n.analysis, side, stride=side)
+        self.analysis = nn.Sequential(
+            nn.Conv2d(n.analysis_channels + n.analysis + 1, n.analysis, 1),
+            *[ResidualBlock(n.analysis) for _ in range(n.analysis_layers)],
+        )
+        self.analysis_out = nn.Conv2d(n.analysis, n.analysis_channels, 1)
+        nn.init.zeros_(self.analysis_out.weight)
+        nn.init.zeros_(self.analysis_out.bias)
+
+        self.h_a = nn.Sequential(
+            nn.Conv2d(n.context_channels + 1, 96, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(96, n.z_channels, 2, stride=2),
+        )
+        self.h_s_expand = IntegerConv(
+            n.z_channels, 4 * n.hyper, 1, in_exponent=Z_EXPONENT, in_peak=127
+        )
+        self.h_s = IntegerConv(n.hyper + 1, n.hyper, 3)
+        self.h_step = IntegerConv(
+            n.hyper, 1, 1, out_exponent=STEP_EXPONENT, low=-STEP_PEAK, high=STEP_PEAK
+        )
+        nn.init.zeros_(self.h_step.weight)
+        self.stages = nn.ModuleList(Stage(n, i) for i in range(len(n.groups)))
+
+        layers = []
+        for i in range(n.chain_layers):
+            layers.append(
+                IntegerConv(
+                    n.context_channels + 1 if i == 0 else n.chain,
+                    n.chain,
+                    3,
+                    in_peak=127 if i == 0 else 255,
+                    weight_peak=CHAIN_PEAK,
+                    half_even=True,
+                )
+            )
+        self.chain = nn.Sequential(*layers)
+        self.chain_out = IntegerConv(
+            n.chain, pixels, 1, out_exponent=CHAIN_OUT_EXPONENT, low=-128, high=127,
+            weight_peak=CHAIN_PEAK, half_even=True,
+        )  # fmt: skip
+        nn.init.zeros_(self.chain_out.weight)
+
+        self.log_gain = nn.Parameter(torch.full((channels,), -0.5))
+        self.z_log_scale = nn.Parameter(torch.full((n.z_channels,), 0.0))
+        self.z_log_slope = nn.Parameter(torch.zeros(n.z_channels))
+        self.register_buffer("deviation", torch.ones(channels))
+        self.register_buffer("basis", torch.zeros(channels, pixels))
+        self.register_buffer("mean", torch.zeros(pixels))
+
+    @torch.no_grad()
+    def start_from_klt(self, basis: np.ndarray, variance: np.ndarray, mean: np.ndarray) -> None:
+        """Set the linear paths to the KLT. basis: (components, 3*S*S), rows orthonormal."""
+        n = self.settings
+        c = n.latent_channels
+        self.basis.copy_(torch.from_numpy(basis[:c]))
+        self.mean.copy_(torch.from_numpy(mean))
+        deviation = torch.from_numpy(np.sqrt(np.maximum(variance[:c], 0.25))).float()
+        self.deviation.copy_(deviation)
+        for stage in self.stages:
+            d = deviation[stage.before : stage.before + stage.size]
+            # class index / 8 = log2(sigma) + 2.875, sigma = 0.7 * deviation * exp(-0.5) * gain(E);
+            # the plane carries E / 32, so its weight is exactly one octave per unit
+            stage.scale.weight[:, -1].fill_(1.0)
+            stage.scale.weight[:, :-1].mul_(0.3)
+            stage.scale.bias.copy_(torch.log2(0.42 * d) - GAIN_TOP_STEP + 2.875)
+
+    def context_of(self, y_hat: Tensor, start: int) -> Tensor:
+        """Decoded latents as bounded integers (in steps of 1/32 of a standard deviation)."""
+        d = self.deviation[start : start + y_hat.shape[1]].view(1, -1, 1, 1)
+        return floor_at(y_hat / d, UNIT).clamp(-127 / 32, 127 / 32)
+
+    def analyse(self, x: Tensor, gain: Tensor) -> Tensor:
+        """Latents before any gain: KLT coefficients plus a correction that scales with the step."""
+        n, s = self.settings, self.settings.block
+        blocks = F.pixel_unshuffle(x, s)  # (c, dy, dx) order, as the basis
+        linear = F.conv2d(blocks, self.basis[:, :, None, None], -(self.basis @ self.mean))
+        k = n.analysis_channels
+        plane = (gain / 32).view(-1, 1, 1, 1).expand(-1, 1, *linear.shape[-2:])
+        d = self.deviation[:k].view(1, -1, 1, 1)
+        f = torch.cat([linear[:, :k] / (d + 4), self.features(x / 64), plane], 1)
+        step = 1 / gain_of(gain).view(-1, 1, 1, 1)
+        head = linear[:, :k] + 0.5 * step * self.analysis_out(self.analysis(f))
+        return torch.cat([head, linear[:, k:]], 1)
+
+    def hyper_input(self, y: Tensor, plane: Tensor) -> Tensor:
+        c = self.settings.context_channels
+        return torch.cat([y[:, :c] / self.deviation[:c].view(1, -1, 1, 1), plane], 1)
+
+    def hyper_scale(self, gain: Tensor) -> Tensor:
+        shape = (1, -1, 1, 1)
+        g = (gain.view(-1, 1, 1, 1) - 128) / 64
+        log = self.z_log_scale.view(shape) + g * self.z_log_slope.view(shape)
+        return torch.exp(log.clamp(-1.9, 4.0))
+
+    def forward(self, x: Tensor, gain: Tensor, stages: int | None = None) -> tuple[Tensor, Rates]:
+        """x: (N, 3, H, W) RGB - 128, H and W multiples of 32; gain: (N,) integer gain indices.
+
+        Returns the reconstruction (not clipped) and rates. In training mode rates see additive
+        noise and pixels the rounding, both with straight-through gradients.
+        """
+        n = self.settings
+        stages = len(n.groups) if stages is None else stages
+        y = self.analyse(x, gain)
+        lh, lw = y.shape[-2:]
+        constant = (gain / 32).view(-1, 1, 1, 1)
+        z = self.h_a(self.hyper_input(y, constant.expand(-1, 1, lh, lw))) * 4
+        z_hat = straight_through(torch.round(z).clamp(-127, 127), z)
+        z_noisy = z + torch.rand_like(z) - 0.5 if self.training else z_hat
+        bits = gaussian_bits(z_noisy, self.hyper_scale(gain)).sum((1, 2, 3))
+        hyper_bits = bits
+        h = F.pixel_shuffle(self.h_s_expand(z_hat / 2**Z_EXPONENT), 2)
+        h = self.h_s(torch.cat([h, constant.expand(-1, 1, *h.shape[-2:])], 1))
+        effective = (gain.view(-1, 1, 1, 1) + self.h_step(h)).clamp(0, 255)
+        plane = effective / 32
+        g = gain_of(effective)
+        contexts: list[Tensor] = []
+        decoded: list[Tensor] = []
+        for stage in self.stages[:stages]:
+            a, b = stage.before, stage.before + stage.size
+            context = torch.cat(contexts, 1) if contexts else None
+            index, mean = stage(h, plane, context)
+            scale = scale_of(index)
+            gc = g * torch.exp(self.log_gain[a:b]).view(1, -1, 1, 1)
+            v = y[:, a:b] * gc
+            if stage.has_mean:
+                d = self.deviation[a:b].view(1, -1, 1, 1)
+                mu = floor_at(mean * d * gc, LATENT_EXPONENT)
+            else:
+                mu = torch.zeros_like(v)
+            r = v - mu
+            q = torch.round(r) * (index > 0.5)
+            r_hat = straight_through(q, r)
+            noisy = r + torch.rand_like(r) - 0.5 if self.training else q
+            b_q = gaussian_bits(noisy, scale)
+            if not self.training:
+                b_q = b_q * (index > 0.5)
+            bits = bits + b_q.sum((1, 2, 3))
+            y_hat = (r_hat + mu) / gc
+            decoded.append(y_hat)
+            if a < n.context_channels:
+                contexts.append(self.context_of(y_hat, a))
+        y_hat = torch.cat(decoded, 1)
+        pixels = F.conv2d(y_hat, self.basis[: y_hat.shape[1]].T[:, :, None, None], self.mean)
+        chain_plane = (plane - 4).clamp(-127 / 32, 127 / 32)
+        correction = self.chain_out(self.chain(torch.cat([*contexts, chain_plane], 1)))
+        pixels = pixels + correction / g
+        area = x.shape[-1] * x.shape[-2]
+        return F.pixel_shuffle(pixels, n.block), Rates(bits / area, hyper_bits / area)
+
+    def kmac_per_pixel(self, stages: int | None = None) -> dict[str, float]:
+        """Multiply-accumulates per pixel in thousands, by part of the decoder."""
+        n = self.settings
+        stages = len(n.groups) if stages is None else stages
+        per_position = lambda m: m.weight.numel() if m is not None else 0  # noqa: E731
+        entropy = per_position(self.h_s_expand) / 4 + per_position(self.h_s)
+        for s in self.stages[:stages]:
+            entropy += sum(per_position(m) for m in (s.reduce, s.context, s.middle, s.scale, s.mean))
+        chain = sum(per_position(m) for m in (*self.chain, self.chain_out))
+        linear = sum(n.groups[:stages]) * 3 * n.block**2
+        area = n.block**2 * 1000
+        return {"entropy": entropy / area, "chain": chain / area, "linear": linear / area}

@@ -1,0 +1,83 @@
+"""Every setting of a training run, in two frozen dataclasses that travel in the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Shape of the codec network. Channel counts are latents unless said otherwise.
+
+    block: side of the KLT block in pixels; one latent position covers ``block x block`` pixels.
+    groups: latent channels per stage, in KLT order; they sum to at most ``3 * block**2``.
+    mean_groups: stages below this index predict a mean, the others a scale alone.
+    context_channels: leading latents that later stages and the correction chain see.
+    z_channels: hyper-latents, one per 2x2 latent positions.
+    hyper, context, middle: widths of the integer entropy networks.
+    chain: width of the int8 correction chain; chain_layers: its 3x3 layers.
+    analysis, analysis_layers: width and residual blocks of the (float) analysis correction.
+    analysis_channels: leading latents that the analysis correction may change.
+    """
+
+    block: int = 16
+    groups: tuple[int, ...] = (16, 48, 128, 256, 320)
+    mean_groups: int = 3
+    context_channels: int = 192
+    z_channels: int = 32
+    hyper: int = 64
+    context: int = 64
+    middle: int = 96
+    chain: int = 160
+    chain_layers: int = 2
+    analysis: int = 128
+    analysis_layers: int = 2
+    analysis_channels: int = 448
+
+    @property
+    def latent_channels(self) -> int:
+        return sum(self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NetworkSettings:
+        known = {f.name for f in fields(cls)}
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"unknown network settings: {sorted(unknown)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is fitted.
+
+    minutes: wall-clock length of the whole schedule, resumed runs included.
+    ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
+        error and of 1 - SSIM(luma) alike.
+    lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``.
+    low_share: share of batches at low and middle rates, coded without the last group.
+    """
+
+    minutes: float = 30.0
+    batch: int = 8
+    accumulate: int = 1
+    crop: int = 256
+    lr: float = 5e-4
+    warmup: int = 200
+    decay_from: float = 0.6
+    lagrange: float = 5.0
+    ssim_weight: float = 1.0
+    low_share: float = 0.75
+    low_gain: tuple[int, int] = (8, 140)
+    high_gain: tuple[int, int] = (120, 240)
+    ema: float = 0.998
+    clip: float = 1.0
+    seed: int = 0
+    checkpoint_minutes: float = 4.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

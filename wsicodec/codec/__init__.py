@@ -1,0 +1,157 @@
+"""Tiles in memory: ``encode``, ``decode``, ``decode_batch``, ``probe`` over all codecs.
+
+``learned`` writes wsicodec tiles (docs/format.md); the other names write the stream of that codec
+itself. ``decode`` and ``probe`` tell them apart by their first bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from wsicodec import bitstream
+from wsicodec.codec.protocol import Codec, Image, TileInfo, check_image, check_quality
+from wsicodec.errors import FormatError, SettingsError, TruncatedError
+from wsicodec.settings import thread_budget
+
+DEFAULT_MODEL = "he-fast"
+DEFAULT_QUALITY = 70
+CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
+
+Buffer = bytes | bytearray | memoryview
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of this name, or SettingsError listing the names."""
+    if name not in CODECS:
+        raise SettingsError(f"codec {name!r} is none of {', '.join(CODECS)}")
+    if name == "learned":
+        from wsicodec.codec.learned import LearnedCodec
+
+        return LearnedCodec()
+    from wsicodec.codec.reference import REFERENCE_CODECS
+
+    return REFERENCE_CODECS[name]
+
+
+def codec_of(data: bytes) -> Codec:
+    """The codec that wrote a stream, by its first bytes, or FormatError."""
+    if bitstream.is_tile(data):
+        return codec_named("learned")
+    from wsicodec.codec.reference import REFERENCE_CODECS
+
+    for codec in REFERENCE_CODECS.values():
+        if codec.check(data):
+            return codec
+    if len(data) < 4:
+        raise TruncatedError(f"stream of {len(data)} bytes is too short for any codec")
+    raise FormatError(f"no codec knows a stream that starts with {data[:8].hex(' ')}")
+
+
+def encode(
+    image: object,
+    *,
+    codec: str = "learned",
+    model: str = DEFAULT_MODEL,
+    quality: int = DEFAULT_QUALITY,
+    lossless: bool = False,
+    **codec_options: Any,
+) -> bytes:
+    """Code an image as one tile.
+
+    image: uint8 (rows, columns, 3) RGB, sides 1 ... 4096, any strides.
+    quality: 1 ... 100; the default keeps a mean luma SSIM of at least 0.95 on tissue.
+    lossless: exact pixels; learned tiles then carry a lossless payload.
+    codec_options: of the codec, e.g. ``subsampling="444"`` for jpeg, ``effort=7`` for jpegxl.
+
+    Raises UnsupportedError, LimitError, SettingsError, UnknownModelError.
+    """
+    pixels = check_image(image)
+    level = check_quality(quality)
+    if codec == "learned":
+        codec_options["model"] = model
+    return codec_named(codec).encode(pixels, quality=level, lossless=lossless, **codec_options)
+
+
+def decode(data: Buffer, *, out: Image | None = None, device: str = "auto") -> Image:
+    """Pixels of a tile, (rows, columns, 3) uint8, C-contiguous.
+
+    out: array of exactly that shape to write into; it is returned.
+    device: ``auto`` and ``cpu`` run on the CPU; ``cuda`` needs a GPU runtime.
+
+    Raises FormatError (TruncatedError, ChecksumError), LimitError, UnknownModelError.
+    """
+    _check_device(device)
+    stream = bytes(data)
+    image = codec_of(stream).decode(stream)
+    return _into(out, image)
+
+
+def decode_batch(
+    data: Sequence[Buffer],
+    *,
+    out: Image | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Image | list[Image]:
+    """Pixels of many tiles, decoded by up to ``threads`` threads (default: the thread budget).
+
+    Returns one (count, rows, columns, 3) array when all tiles have one size, else a list.
+    """
+    _check_device(device)
+    workers = thread_budget() if threads is None else threads
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise SettingsError(f"threads must be a positive integer, not {threads!r}")
+    streams = [bytes(item) for item in data]
+    if not streams:
+        return np.empty((0, 0, 0, 3), np.uint8) if out is None else out
+    infos = [probe(s) for s in streams]
+    shapes = {(i.height, i.width) for i in infos}
+    uniform = len(shapes) == 1
+    target: Image | None = None
+    if uniform:
+        height, width = shapes.pop()
+        shape = (len(streams), height, width, 3)
+        target = np.empty(shape, np.uint8) if out is None else out
+        _check_out(target, shape)
+    elif out is not None:
+        raise SettingsError("out= needs tiles of one size")
+
+    def one(index: int) -> Image:
+        return decode(streams[index], out=None if target is None else target[index])
+
+    with ThreadPoolExecutor(min(workers, len(streams))) as pool:
+        images = list(pool.map(one, range(len(streams))))
+    return images if target is None else target
+
+
+def probe(data: Buffer) -> TileInfo:
+    """What a stream says of itself; decodes no pixel. Raises as ``decode`` does."""
+    stream = bytes(data)
+    return codec_of(stream).probe(stream)
+
+
+def _check_device(device: str) -> None:
+    if device not in DEVICES:
+        raise SettingsError(f"device {device!r} is none of {', '.join(DEVICES)}")
+    if device == "cuda":
+        raise SettingsError("device 'cuda' is not supported by this version; use 'auto' or 'cpu'")
+
+
+def _check_out(out: Image, shape: tuple[int, ...]) -> None:
+    if out.shape != shape or out.dtype != np.uint8:
+        raise SettingsError(f"out must be uint8 {shape}, not {out.dtype} {out.shape}")
+    if not out.flags.writeable:
+        raise SettingsError("out is read-only")
+
+
+def _into(out: Image | None, image: Image) -> Image:
+    if out is None:
+        return image
+    _check_out(out, image.shape)
+    out[...] = image
+    return out
