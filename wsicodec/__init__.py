@@ -78,12 +78,27 @@ __all__ = [
 def register() -> None:
     """Make tifffile read and write wsicodec tiles in this process. Does nothing a second time.
 
-    Needed only where Python starts without site-packages hooks (``python -S``,
-    ``pip install --target``); importing the package calls it.
-    """
-    import _wsicodec_boot
+    Needed only where ``WSICODEC_AUTOLOAD=0`` turned that off: the hooks in site-packages do it when
+    Python starts, and importing this package does it where they do not run (``python -S``,
+    ``pip install --target``).
 
-    _wsicodec_boot.arm(force=True)
+    Raises UnsupportedError when the loaded tifffile is not built as expected; where tifffile is
+    imported later, that is a RuntimeWarning then.
+    """
+    _boot().arm(force=True)
+
+
+def _boot() -> Any:
+    """The module of the hook: beside the package when installed, inside it in a bare copy."""
+    import importlib
+    import sys
+
+    try:
+        return importlib.import_module("_wsicodec_boot")
+    except ImportError:
+        boot = importlib.import_module("wsicodec.boot._wsicodec_boot")
+        sys.modules["_wsicodec_boot"] = boot  # one copy, whoever asks next
+        return boot
 
 
 def __getattr__(name: str) -> Any:
@@ -99,3 +114,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# the package's one action on import; it loads nothing unless tifffile is loaded
+_boot().arm()

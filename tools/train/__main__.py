@@ -25,7 +25,7 @@ from tools.train.losses import distortion
 from tools.train.network import TileNetwork, gain_of
 from tools.train.settings import NetworkSettings, TrainSettings
 
-OUTLIER = 20.0
+OUTLIER = 6.0
 """Batches whose gradient norm exceeds the recent median by this factor are skipped."""
 
 
@@ -149,7 +149,7 @@ def train(arguments: argparse.Namespace) -> None:
     if previous:
         run.resume(previous)
     else:
-        run.net.start_from_klt(*block_klt(sampler, network.block))
+        run.net.start_from_klt(*block_klt(sampler, network.block, settings.chroma_weight))
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {device}, step {run.step}")
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--lagrange", type=float, default=TrainSettings.lagrange)
-    parser.add_argument("--ssim-weight", type=float, default=1.0)
+    parser.add_argument("--ssim-weight", type=float, default=TrainSettings.ssim_weight)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--pack", metavar="MANIFEST", help="instead of training: pack --data into --out (.zip)")

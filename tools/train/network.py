@@ -7,8 +7,9 @@
 
 Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
 Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
-the orthonormal KLT and its inverse and stay so: errors of latents and pixels are the same, and no
-quality is out of reach. Both learned corrections scale with the step, so they fade as it shrinks.
+the KLT and its inverse and stay so: no quality is out of reach. The KLT is taken in a colour space
+that counts chroma errors for less than luma errors (``colour_matrix``). Both learned corrections
+scale with the step, so they fade as it shrinks.
 """
 
 from __future__ import annotations
@@ -180,14 +181,19 @@ class TileNetwork(nn.Module):
         self.z_log_slope = nn.Parameter(torch.zeros(n.z_channels))
         self.register_buffer("deviation", torch.ones(channels))
         self.register_buffer("basis", torch.zeros(channels, pixels))
+        self.register_buffer("inverse", torch.zeros(pixels, channels))
         self.register_buffer("mean", torch.zeros(pixels))
 
     @torch.no_grad()
     def start_from_klt(self, basis: np.ndarray, variance: np.ndarray, mean: np.ndarray) -> None:
-        """Set the linear paths to the KLT. basis: (components, 3*S*S), rows orthonormal."""
+        """Set the linear paths to the KLT of weighted colours (tools.train.klt).
+
+        basis: (components, 3*S*S), rows orthonormal in the weighted space, RGB weights folded in.
+        """
         n = self.settings
         c = n.latent_channels
         self.basis.copy_(torch.from_numpy(basis[:c]))
+        self.inverse.copy_(torch.from_numpy(np.linalg.pinv(basis)[:, :c]))
         self.mean.copy_(torch.from_numpy(mean))
         deviation = torch.from_numpy(np.sqrt(np.maximum(variance[:c], 0.25))).float()
         self.deviation.copy_(deviation)
@@ -275,7 +281,7 @@ class TileNetwork(nn.Module):
             if a < n.context_channels:
                 contexts.append(self.context_of(y_hat, a))
         y_hat = torch.cat(decoded, 1)
-        pixels = F.conv2d(y_hat, self.basis[: y_hat.shape[1]].T[:, :, None, None], self.mean)
+        pixels = F.conv2d(y_hat, self.inverse[:, : y_hat.shape[1], None, None], self.mean)
         chain_plane = (plane - 4).clamp(-127 / 32, 127 / 32)
         correction = self.chain_out(self.chain(torch.cat([*contexts, chain_plane], 1)))
         pixels = pixels + correction / g

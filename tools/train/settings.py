@@ -58,6 +58,7 @@ class TrainSettings:
     minutes: wall-clock length of the whole schedule, resumed runs included.
     ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
         error and of 1 - SSIM(luma) alike.
+    chroma_weight: of chroma errors in the colour space of the KLT, against luma's 1.
     lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``.
     low_share: share of batches at low and middle rates, coded without the last group.
     """
@@ -70,12 +71,13 @@ class TrainSettings:
     warmup: int = 200
     decay_from: float = 0.6
     lagrange: float = 5.0
-    ssim_weight: float = 1.0
+    ssim_weight: float = 3.0
+    chroma_weight: float = 0.6
     low_share: float = 0.75
     low_gain: tuple[int, int] = (8, 140)
     high_gain: tuple[int, int] = (120, 240)
     ema: float = 0.998
-    clip: float = 1.0
+    clip: float = 0.5
     seed: int = 0
     checkpoint_minutes: float = 4.0
 

@@ -1,0 +1,90 @@
+"""Export a checkpoint: ``python -m tools.export CHECKPOINT --data DIR --out DIR --name he-fast``.
+
+Writes NAME.wscm (decoder) and NAME.encoder.wscm. Proves the integer networks, fits the symbol
+tables to the training images, and checks that the exported graphs give the trained network's
+pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tools.export.fit import count_symbols, fitted_hyper_classes, fitted_tables
+from tools.export.model import (
+    decoder_file,
+    encoder_file,
+    hyper_classes,
+    load_network,
+    normal_tables,
+    quality_gains,
+)
+from tools.train.images import Sampler, load_sources
+from wsicodec.codec.learned import decode_tile, encode_tile
+from wsicodec.models.decoder import load_decoder
+from wsicodec.models.encoder import load_encoder
+
+LAST_STAGE_GAIN = 130
+"""Training codes the last group above this gain; below, its latents are all but always zero."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", required=True, help="training images, for the symbol tables")
+    parser.add_argument("--out", required=True, help="folder for the model files")
+    parser.add_argument("--name", default="he-fast")
+    parser.add_argument("--crops", type=int, default=400, help="crops to fit the tables on")
+    parser.add_argument("--diagnostic-gain", type=int, default=90, help="gain of quality 70")
+    arguments = parser.parse_args(argv)
+    net, state = load_network(arguments.checkpoint)
+    header = {
+        "name": arguments.name,
+        "licence": "BSD-3-Clause",
+        "trained": {"steps": state["step"], "minutes": round(state["elapsed"], 1)},
+    }
+    qualities = quality_gains(arguments.diagnostic_gain)
+    tables, z_classes = normal_tables(), hyper_classes(net)
+    sampler = Sampler(load_sources(Path(arguments.data)), 256, 7)
+    if arguments.crops:
+        first = decoder_file(net, header, tables, z_classes)
+        second = encoder_file(net, header, first, qualities, LAST_STAGE_GAIN)
+        decoder, encoder = load_decoder(first), load_encoder(second)
+        span = (int(qualities[0]), int(qualities[-1]))
+        counts, squares = count_symbols(sampler, decoder, encoder, arguments.crops, span)
+        tables = fitted_tables(counts)
+        z_classes = fitted_hyper_classes(squares, z_classes)
+    decoder_bytes = decoder_file(net, header, tables, z_classes)
+    encoder_bytes = encoder_file(net, header, decoder_bytes, qualities, LAST_STAGE_GAIN)
+    decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
+
+    image = sampler.one()
+    for gain in (40, 90, 180):
+        tile = encode_tile(image, decoder, encoder, gain)
+        ours = decode_tile(tile, decoder).astype(int)
+        stages = len(net.settings.groups) - (gain < LAST_STAGE_GAIN)
+        with torch.no_grad():
+            x = torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32)) - 128
+            x_hat, rate = net(x, torch.tensor([float(gain)]), stages)
+        theirs = np.clip(np.rint(x_hat[0].numpy().transpose(1, 2, 0) + 128), 0, 255).astype(int)
+        apart = np.abs(ours - theirs)
+        bpp = 8 * len(tile.pack()) / image[..., 0].size
+        print(
+            f"gain {gain}: {bpp:.3f} bpp coded, {float(rate.total):.3f} by entropy of the trained "
+            f"network; pixels apart by {apart.mean():.3f} on average, {apart.max()} at most"
+        )
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{arguments.name}.wscm").write_bytes(decoder_bytes)
+    (out / f"{arguments.name}.encoder.wscm").write_bytes(encoder_bytes)
+    print(f"decoder {len(decoder_bytes)} bytes, {decoder.digest.hex()}")
+    print(f"encoder {len(encoder_bytes)} bytes, {encoder.digest.hex()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Cuts a trained network into a decoder and an encoder model file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tools.export import graphs
+from tools.train.network import (
+    SCALE_LOG2_OF_CLASS_1,
+    SCALE_STEPS_PER_OCTAVE,
+    TileNetwork,
+)
+from tools.train.settings import NetworkSettings
+from wsicodec.entropy.tables import MAX_RADIUS, SymbolTables, tables_from_weights
+from wsicodec.models import container
+
+TABLE_CLASSES = 55
+Array = np.ndarray[Any, Any]
+
+
+def scale_of(symbol_class: int) -> float:
+    """Standard deviation, in steps, of a class."""
+    return float(2 ** ((symbol_class - 1) / SCALE_STEPS_PER_OCTAVE + SCALE_LOG2_OF_CLASS_1))
+
+
+def normal_weights(scale: float) -> Array:
+    """Probabilities of -R ... R and the escape under a rounded normal distribution."""
+    from scipy.special import ndtr
+
+    radius = int(np.clip(np.ceil(5.0 * scale), 1, min(64, MAX_RADIUS)))
+    edges = np.arange(-radius - 0.5, radius + 1)
+    p = np.diff(ndtr(edges / scale))
+    return np.append(p, max(1 - p.sum(), 1e-7))
+
+
+def normal_tables() -> SymbolTables:
+    """Tables of rounded normal distributions, before they are fitted to counts."""
+    return tables_from_weights([normal_weights(scale_of(c)) for c in range(1, TABLE_CLASSES + 1)])
+
+
+def load_network(checkpoint: str) -> tuple[TileNetwork, dict[str, Any]]:
+    """The averaged network of a checkpoint, and the checkpoint's other contents."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    net = TileNetwork(NetworkSettings.from_dict(state["network"]))
+    net.load_state_dict({k: v.float() for k, v in state["average"].items()})
+    return net.eval(), state
+
+
+def hyper_classes(net: TileNetwork) -> Array:
+    """(256, z channels) uint8: class of each hyper-latent at each gain."""
+    scale = net.hyper_scale(torch.arange(256).float()).detach().numpy().reshape(256, -1)
+    index = np.round(SCALE_STEPS_PER_OCTAVE * (np.log2(scale) - SCALE_LOG2_OF_CLASS_1)) + 1
+    return np.clip(index, 1, 127).astype(np.uint8)
+
+
+def decoder_file(
+    net: TileNetwork, header: dict[str, Any], tables: SymbolTables, z_classes: Array
+) -> bytes:
+    """The decoder model's bytes."""
+    n = net.settings
+    order = graphs.raster_order(n.block)
+    gain = np.exp(net.log_gain.detach().double().numpy())
+    deviation = net.deviation.double().numpy()
+    means = sum(n.groups[: n.mean_groups])
+    contexts = n.context_channels
+    # docs/format.md: mean factor d k 2^8, context factor 2^(7 - 255/32 + 20) / (k d)
+    mean_factor = np.round(deviation[:means] * gain[:means] * 2**8)
+    context_factor = np.round(2 ** (27 - 255 / 32) / (gain[:contexts] * deviation[:contexts]))
+    kmac = net.kmac_per_pixel()
+    head = {
+        "kind": "decoder",
+        "architecture": {
+            "block": n.block,
+            "groups": list(n.groups),
+            "mean_stages": n.mean_groups,
+            "context_channels": contexts,
+            "z_channels": n.z_channels,
+            "hyper": n.hyper,
+        },
+        "kmac_per_pixel": round(sum(kmac.values()), 2),
+        **header,
+    }
+    parts = {"hyper": graphs.hyper_graph(net), "chain": graphs.chain_graph(net)}
+    for stage in net.stages:
+        parts[f"stage{stage.index}"] = graphs.stage_graph(net, stage)
+    return container.pack(
+        head,
+        parts,
+        {
+            "table_radii": tables.radii,
+            "table_cdf": tables.cdf,
+            "z_classes": z_classes,
+            "mean_factor": mean_factor.astype(np.int32),
+            "context_factor": context_factor.astype(np.int32),
+            "inverse_gain": (1 / gain).astype(np.float32),
+            "basis": net.inverse.numpy().T[:, order].astype(np.float16),
+            "mean": net.mean.numpy()[order].astype(np.float32),
+        },
+    )
+
+
+def encoder_file(
+    net: TileNetwork, header: dict[str, Any], decoder: bytes, quality_gain: Array, last_stage_gain: int
+) -> bytes:
+    """The encoder model's bytes, bound to a decoder by its digest."""
+    n = net.settings
+    basis, inverse = net.basis.double().numpy(), net.inverse.double().numpy()
+    # basis = inverse' (I x M'M), sample order (colour, row, column)
+    samples = n.block**2
+    blocks = inverse.reshape(3, samples, -1)
+    gram = np.linalg.lstsq(
+        blocks.transpose(1, 2, 0).reshape(-1, 3),
+        basis.reshape(-1, 3, samples).transpose(2, 0, 1).reshape(-1, 3),
+        rcond=None,
+    )[0]
+    stage_gain = np.zeros(len(n.groups), np.uint8)
+    stage_gain[-1] = last_stage_gain
+    head = {
+        "kind": "encoder",
+        "decoder": container.digest_of(decoder).hex(),
+        "corrected": n.analysis_channels,
+        **header,
+    }
+    return container.pack(
+        head,
+        {"analysis": graphs.analysis_graph(net), "hyper_analysis": graphs.hyper_analysis_graph(net)},
+        {
+            "colour_gram": gram.astype(np.float32),
+            "quality_gain": quality_gain.astype(np.uint8),
+            "stage_gain": stage_gain,
+        },
+    )
+
+
+def quality_gains(diagnostic: int, low: int = 8, high: int = 236, default: int = 70) -> Array:
+    """(100,) strictly increasing gains, ``diagnostic`` at the default quality."""
+    quality = np.arange(1, 101)
+    gains = np.round(np.interp(quality, [1, default, 100], [low, diagnostic, high])).astype(int)
+    if (np.diff(gains) < 1).any():
+        raise ValueError(f"gains from {low} over {diagnostic} to {high} do not increase")
+    return gains

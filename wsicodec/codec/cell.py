@@ -1,0 +1,269 @@
+"""One cell of a learned tile: symbols <-> latents, the same steps for encoder and decoder.
+
+A cell is at most 512 x 512 pixels. Encoder and decoder differ in one thing only: where symbols
+come from, the quantiser or the stream. Everything else, ``code_cell``, they share, so they cannot
+drift apart. docs/format.md, "Learned payload", gives the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsicodec.codec.protocol import Image
+from wsicodec.entropy.kernel import compiled
+from wsicodec.errors import FormatError
+from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel
+
+CELL = 512
+BLOCK = 16
+SAMPLES = 3 * BLOCK * BLOCK
+SYMBOL_PEAK = 2**20
+STEPS_PER_OCTAVE = 32
+TOP_STEP = 64.0  # quantisation step at gain index 0
+
+# docs/format.md, "Gain": round(2**15 * 2**(i / 32)), literals of the format
+OCTAVE_TABLE = np.array(
+    [
+        32768, 33486, 34219, 34968, 35734, 36516, 37316, 38133, 38968, 39821, 40693, 41584, 42495,
+        43425, 44376, 45348, 46341, 47356, 48393, 49452, 50535, 51642, 52773, 53928, 55109, 56316,
+        57549, 58809, 60097, 61413, 62757, 64132,
+    ],
+    np.int64,
+)  # fmt: skip
+
+Array = npt.NDArray[Any]
+
+
+def steps_of_gains() -> npt.NDArray[np.float32]:
+    """(256,): the quantisation step of each gain index, for pixels only."""
+    return (TOP_STEP * 2.0 ** (-np.arange(256) / STEPS_PER_OCTAVE)).astype(np.float32)
+
+
+STEPS = steps_of_gains()
+
+
+@compiled
+def _dequantise(  # type: ignore[no-untyped-def]
+    symbols, means, gains, octave, mean_factor, context_factor, inverse_gain, steps, y, context
+):
+    """Symbols of one stage to latents ``y`` (channels, positions) and context integers.
+
+    Integers: v = 16 q + mean, in sixteenths of a step. Returns False for a symbol out of range.
+    """
+    channels, positions = symbols.shape
+    with_mean = means.shape[0] > 0
+    with_context = context.shape[0] > 0
+    for c in range(channels):
+        scale = inverse_gain[c] * np.float32(1 / 16)
+        for p in range(positions):
+            q = np.int64(symbols[c, p])
+            if q > SYMBOL_PEAK or q < -SYMBOL_PEAK:
+                return False
+            v = q * 16
+            e = np.int64(gains[p])
+            if with_mean and means[c, p] != 0:
+                shift = 31 - (e >> 5)
+                product = np.int64(means[c, p]) * mean_factor[c] * octave[e & 31]
+                v += (product + (np.int64(1) << (shift - 1))) >> shift
+            if v == 0:
+                y[c, p] = np.float32(0)
+                if with_context:
+                    context[c, p] = np.float32(0)
+                continue
+            y[c, p] = np.float32(v) * scale * steps[e]
+            if with_context:
+                r = 255 - e
+                shift = 35 - (r >> 5)
+                k = (v * context_factor[c] * octave[r & 31] + (np.int64(1) << (shift - 1))) >> shift
+                context[c, p] = np.float32(min(max(k, -127), 127))
+    return True
+
+
+@compiled
+def _quantise(  # type: ignore[no-untyped-def]
+    y, classes, means, gains, octave, mean_factor, inverse_gain, steps, symbols
+):
+    """Nearest symbols of latents ``y`` (channels, positions), 0 in class 0."""
+    channels, positions = y.shape
+    with_mean = means.shape[0] > 0
+    for c in range(channels):
+        gain = np.float32(1) / inverse_gain[c]
+        for p in range(positions):
+            if classes[c, p] == 0:
+                symbols[c, p] = 0
+                continue
+            e = np.int64(gains[p])
+            v = y[c, p] * gain / steps[e]
+            if with_mean and means[c, p] != 0:
+                shift = 31 - (e >> 5)
+                product = np.int64(means[c, p]) * mean_factor[c] * octave[e & 31]
+                m = (product + (np.int64(1) << (shift - 1))) >> shift
+                v -= np.float32(m) * np.float32(1 / 16)
+            q = np.rint(v)
+            symbols[c, p] = np.int32(min(max(q, -SYMBOL_PEAK), SYMBOL_PEAK))
+
+
+@compiled
+def _assemble(linear, correction, gains, steps, columns, out):  # type: ignore[no-untyped-def]
+    """Pixels: round(linear + correction * step / 64), clipped to 0 ... 255, cropped to ``out``.
+
+    linear: (positions, 768) float32, correction: (positions, 768) int8, block samples in (row,
+    column, colour) order; out: (height, width, 3) uint8.
+    """
+    height, width = out.shape[:2]
+    for i in range((height + 15) // 16):
+        rows = min(16, height - 16 * i)
+        for j in range(columns):
+            used = min(16, width - 16 * j)
+            p = i * columns + j
+            scale = steps[gains[p]] * np.float32(1 / 64)
+            for a in range(rows):
+                target = out[16 * i + a]
+                for b in range(used):
+                    n = (a * 16 + b) * 3
+                    for k in range(3):
+                        x = linear[p, n + k] + np.float32(correction[p, n + k]) * scale
+                        x = np.rint(min(max(x, np.float32(0)), np.float32(255)))
+                        target[16 * j + b, k] = np.uint8(x)
+
+
+@dataclass(frozen=True, eq=False)
+class CellShape:
+    """Extent of a cell: pixels, latent grid and hyper-latent grid."""
+
+    height: int
+    width: int
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        return -(-self.height // BLOCK), -(-self.width // BLOCK)
+
+    @property
+    def hyper(self) -> tuple[int, int]:
+        rows, columns = self.latents
+        return -(-rows // 2), -(-columns // 2)
+
+
+@dataclass(frozen=True, eq=False)
+class CellLatents:
+    """What a coded cell holds once all symbols are known.
+
+    y: (coded channels, positions) float32. context: (context channels, positions) float32
+    integers. gains: (positions,) uint8 effective gain indices.
+    """
+
+    shape: CellShape
+    stages: int
+    y: npt.NDArray[np.float32]
+    context: npt.NDArray[np.float32]
+    gains: npt.NDArray[np.uint8]
+
+
+Classes = npt.NDArray[np.uint8]
+Symbols = npt.NDArray[np.int32]
+HyperSource = Callable[[Classes], Symbols]
+"""Classes (z channels, rows, columns) to hyper-latent symbols of that shape."""
+StageSource = Callable[[int, Classes, Array, Array], Symbols]
+"""(stage, classes, means, gains) to symbols, arrays (channels, positions), gains (positions,)."""
+
+_NO_MEANS = np.zeros((0, 0), np.int16)
+_NO_FACTOR = np.zeros(0, np.int64)
+
+
+def code_cell(
+    model: DecoderModel,
+    gain: int,
+    stages: int,
+    shape: CellShape,
+    hyper_source: HyperSource,
+    stage_source: StageSource,
+) -> CellLatents:
+    """Walk through a cell's symbols in coding order; the sources encode or decode them."""
+    a = model.architecture
+    if stages > len(a.groups):
+        raise FormatError(f"tile has {stages} stages, its model {len(a.groups)}")
+    rows, columns = shape.latents
+    z_rows, z_columns = shape.hyper
+    positions = rows * columns
+    z_classes = np.empty((a.z_channels, z_rows, z_columns), np.uint8)
+    z_classes[...] = model.z_classes[gain][:, None, None]
+    z = hyper_source(z_classes)
+    if np.abs(z).max() > Z_PEAK:
+        raise FormatError("a hyper-latent is beyond its range")
+    plane = np.full((1, 1, 2 * z_rows, 2 * z_columns), gain, np.float32)
+    h, step = model.hyper({"z": z[None].astype(np.float32), "plane": plane})
+    h = np.ascontiguousarray(h[:, :, :rows, :columns])
+    delta = step[0, 0, :rows, :columns].astype(np.int64)
+    assert np.abs(delta).max() <= STEP_PEAK  # proved when the model was loaded
+    effective = np.clip(gain + delta, 0, 255)
+    gains = effective.astype(np.uint8).reshape(positions)
+    plane = effective.astype(np.float32)[None, None]
+    y = np.empty((a.start(stages), positions), np.float32)
+    context = np.zeros((a.context_channels, positions), np.float32)
+    grid = context.reshape(1, a.context_channels, rows, columns)
+    for k in range(stages):
+        inputs = {"h": h, "plane": plane}
+        if k:
+            inputs["context"] = grid[:, : a.seen(k)]
+        outputs = model.stages[k](inputs)
+        first, size = a.start(k), a.groups[k]
+        classes = outputs[0].reshape(size, positions)
+        means = outputs[1].reshape(size, positions) if k < a.mean_stages else _NO_MEANS
+        symbols = stage_source(k, classes, means, gains)
+        fine = _dequantise(
+            symbols, means, gains, OCTAVE_TABLE,
+            model.mean_factor[first : first + size] if k < a.mean_stages else _NO_FACTOR,
+            model.context_factor[first : first + size],
+            model.inverse_gain[first : first + size],
+            STEPS, y[first : first + size],
+            context[first : first + size] if k < a.context_stages else context[:0],
+        )  # fmt: skip
+        if not fine:
+            raise FormatError("a symbol is beyond the format's range")
+    return CellLatents(shape, stages, y, context, gains)
+
+
+def quantise_stage(
+    model: DecoderModel,
+    stage: int,
+    y: npt.NDArray[np.float32],
+    classes: Classes,
+    means: Array,
+    gains: Array,
+) -> Symbols:
+    """Nearest symbols of one stage's latents ``y`` (channels, positions)."""
+    a = model.architecture
+    first, size = a.start(stage), a.groups[stage]
+    symbols = np.empty(classes.shape, np.int32)
+    _quantise(
+        y, classes, means, gains, OCTAVE_TABLE,
+        model.mean_factor[first : first + size] if stage < a.mean_stages else _NO_FACTOR,
+        model.inverse_gain[first : first + size], STEPS, symbols,
+    )  # fmt: skip
+    return symbols
+
+
+def synthesise(model: DecoderModel, cell: CellLatents, out: Image) -> None:
+    """Pixels of a cell into ``out`` (height, width, 3)."""
+    rows, columns = cell.shape.latents
+    linear = model.linear(cell.stages)({"y": cell.y})[0]
+    context = np.empty((1, len(cell.context) + 1, rows, columns), np.uint8)
+    context[0, :-1] = cell.context.reshape(-1, rows, columns) + 128
+    # the gain plane on the same grid: clip(E - 128, -127, 127) + 128
+    context[0, -1] = np.maximum(cell.gains.reshape(rows, columns), 1)
+    correction = model.chain({"context": context})[0]
+    _assemble(linear, correction.reshape(-1, SAMPLES), cell.gains, STEPS, columns, out)
+
+
+def cells_of(height: int, width: int) -> list[tuple[int, int, CellShape]]:
+    """(top, left, shape) of a tile's cells in coding order: rows of 512-pixel cells."""
+    return [
+        (top, left, CellShape(min(CELL, height - top), min(CELL, width - left)))
+        for top in range(0, height, CELL)
+        for left in range(0, width, CELL)
+    ]

@@ -1,0 +1,110 @@
+"""Probability tables of the symbol classes (docs/format.md, "Symbol tables").
+
+A class is an integer 0 ... 127 that the entropy network picks for each symbol. Class 0 is always
+zero and never coded. Classes 1 ... T have a table each; larger classes, eight to the octave of
+standard deviation, reuse a table of the last octave and code their low bits raw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from wsicodec.errors import ModelError
+
+PROBABILITY_BITS = 14
+TOTAL = 1 << PROBABILITY_BITS
+CLASSES = 128
+OCTAVE = 8
+MAX_RADIUS = 126  # 2 * radius + 2 symbols fit in a byte
+MAX_RAW_BITS = 14
+MAX_MAGNITUDE_BITS = 20  # escapes beyond are refused
+LENGTH_BITS = 5  # an escape's length field
+
+
+@dataclass(frozen=True, eq=False)
+class SymbolTables:
+    """Integer probability tables, validated.
+
+    radii: (T,) table t holds the values -radii[t] ... radii[t] and, last, the escape.
+    cdf: (T, width) uint16 cumulative frequencies, row t has 2 * radii[t] + 3 entries from 0 to
+        2**14, strictly increasing; the rest of the row repeats 2**14.
+    """
+
+    radii: npt.NDArray[np.int32]
+    cdf: npt.NDArray[np.uint16]
+
+    def __post_init__(self) -> None:
+        radii, cdf = self.radii, self.cdf
+        if radii.ndim != 1 or cdf.ndim != 2 or len(radii) != len(cdf):
+            raise ModelError(f"symbol tables of shapes {radii.shape} and {cdf.shape} do not match")
+        if not OCTAVE <= len(radii) < CLASSES:
+            raise ModelError(f"{len(radii)} symbol tables: must be {OCTAVE} ... {CLASSES - 1}")
+        if (CLASSES - 1 - len(radii) + OCTAVE - 1) // OCTAVE > MAX_RAW_BITS:
+            raise ModelError(f"{len(radii)} symbol tables leave classes with too many raw bits")
+        if radii.min() < 1 or radii.max() > MAX_RADIUS or cdf.shape[1] != 2 * radii.max() + 3:
+            raise ModelError("a symbol table's radius does not fit")
+        for t, radius in enumerate(radii):
+            row = cdf[t].astype(np.int64)
+            used = 2 * int(radius) + 3
+            if row[0] != 0 or row[used - 1] != TOTAL or (row[used - 1 :] != TOTAL).any():
+                raise ModelError(f"symbol table {t} does not run from 0 to {TOTAL}")
+            if (np.diff(row[:used]) < 1).any():
+                raise ModelError(f"symbol table {t} has a symbol of zero frequency")
+
+    @cached_property
+    def slots(self) -> npt.NDArray[np.uint8]:
+        """(T, 2**14): the symbol that owns each slot of the probability range."""
+        slots = np.empty((len(self.radii), TOTAL), np.uint8)
+        for t, radius in enumerate(self.radii):
+            counts = np.diff(self.cdf[t, : 2 * int(radius) + 3].astype(np.int64))
+            slots[t] = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
+        return slots
+
+    @cached_property
+    def class_table(self) -> npt.NDArray[np.uint8]:
+        """(128,): table index of each class (0 for class 0, which has none)."""
+        return np.array([self.place(c)[0] for c in range(CLASSES)], np.uint8)
+
+    @cached_property
+    def class_raw(self) -> npt.NDArray[np.uint8]:
+        """(128,): raw low bits of each class."""
+        return np.array([self.place(c)[1] for c in range(CLASSES)], np.uint8)
+
+    def place(self, symbol_class: int) -> tuple[int, int]:
+        """(table, raw bits) of a class 1 ... 127."""
+        count = len(self.radii)
+        if symbol_class <= count:
+            return max(symbol_class - 1, 0), 0
+        raw = (symbol_class - count + OCTAVE - 1) // OCTAVE
+        return symbol_class - OCTAVE * raw - 1, raw
+
+
+def quantised_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Integer frequencies >= 1 that sum to 2**14, as near as possible to ``weights``.
+
+    For exporting tables only: floats decide nothing at run time.
+    """
+    share = weights / weights.sum() * TOTAL
+    counts = np.maximum(1, np.floor(share)).astype(np.int64)
+    while (rest := TOTAL - int(counts.sum())) != 0:
+        # move the cheapest units in code length first
+        if rest > 0:
+            counts[np.argmax(share / counts)] += 1
+        else:
+            able = np.where(counts > 1, share / counts, np.inf)
+            counts[np.argmin(able)] -= 1
+    return counts
+
+
+def tables_from_weights(weights: list[npt.NDArray[np.float64]]) -> SymbolTables:
+    """Tables from unnormalised probabilities, one array of 2 * radius + 2 entries per class."""
+    radii = np.array([(len(w) - 2) // 2 for w in weights], np.int32)
+    cdf = np.full((len(weights), 2 * int(radii.max()) + 3), TOTAL, np.uint16)
+    for t, w in enumerate(weights):
+        cdf[t, 0] = 0
+        cdf[t, 1 : len(w) + 1] = np.cumsum(quantised_frequencies(w))
+    return SymbolTables(radii, cdf)

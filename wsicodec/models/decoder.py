@@ -1,0 +1,185 @@
+"""A decoder model: architecture, integer tables and graphs, proved before first use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsicodec.entropy.tables import SymbolTables
+from wsicodec.errors import ModelError
+from wsicodec.models import container
+from wsicodec.models.proof import Range, prove_integer, prove_quantised
+from wsicodec.models.session import GraphRunner
+
+KIND = "decoder"
+Z_PEAK = 127
+CONTEXT_PEAK = 127
+MEAN_PEAK = 1023
+STEP_PEAK = 48
+GAINS = 256
+MAX_MEAN_FACTOR = 2**30
+MAX_CONTEXT_FACTOR = 2**21
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a model; docs/format.md, "Model file", gives the meaning of each number."""
+
+    block: int
+    groups: tuple[int, ...]
+    mean_stages: int
+    context_channels: int
+    z_channels: int
+    hyper: int
+
+    def __post_init__(self) -> None:
+        if self.block != 16:
+            raise ModelError(f"block of {self.block} pixels; this version decodes blocks of 16")
+        if not 1 <= len(self.groups) <= 15 or min(self.groups) < 1:
+            raise ModelError("a model has 1 ... 15 stages of at least one channel")
+        if sum(self.groups) > 3 * self.block**2:
+            raise ModelError("more latent channels than a block has samples")
+        if not 0 <= self.mean_stages <= len(self.groups):
+            raise ModelError("mean_stages is out of range")
+        sums = [sum(self.groups[: i + 1]) for i in range(len(self.groups))]
+        if self.context_channels not in sums or not 1 <= self.z_channels <= 256:
+            raise ModelError("context_channels must end with a stage; z_channels within 1 ... 256")
+        if sum(self.groups[: self.mean_stages]) > self.context_channels or not 1 <= self.hyper <= 512:
+            raise ModelError("stages with means must be context; hyper within 1 ... 512")
+
+    @property
+    def channels(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def context_stages(self) -> int:
+        """Stages whose latents are context for later ones and for the correction chain."""
+        return next(
+            i + 1
+            for i in range(len(self.groups))
+            if sum(self.groups[: i + 1]) == self.context_channels
+        )
+
+    def start(self, stage: int) -> int:
+        """First channel of a stage."""
+        return sum(self.groups[:stage])
+
+    def seen(self, stage: int) -> int:
+        """Channels of context that a stage sees."""
+        return min(self.start(stage), self.context_channels)
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> Architecture:
+        values = header.get("architecture")
+        names = ("block", "mean_stages", "context_channels", "z_channels", "hyper")
+        if not isinstance(values, dict) or set(values) != {*names, "groups"}:
+            raise ModelError("model header has no proper architecture")
+        groups = values["groups"]
+        if not isinstance(groups, list) or not all(_is_int(v) for v in (*groups, *(values[n] for n in names))):
+            raise ModelError("model architecture is not made of integers")
+        return cls(groups=tuple(groups), **{n: values[n] for n in names})
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**16
+
+
+class DecoderModel:
+    """Everything that turns symbols into pixels. Immutable; safe to share between threads."""
+
+    def __init__(self, file: container.ModelFile) -> None:
+        if file.header.get("kind") != KIND:
+            raise ModelError(f"model file is of kind {file.header.get('kind')!r}, not {KIND!r}")
+        name = file.header.get("name")
+        if not isinstance(name, str) or not 1 <= len(name) <= 64:
+            raise ModelError("model has no name")
+        self.name, self.digest, self.header = name, file.digest, file.header
+        a = self.architecture = Architecture.from_header(file.header)
+        contexts, pixels = a.context_channels, 3 * a.block**2
+        self.tables = SymbolTables(
+            file.tensor("table_radii", "int32", (None,)), file.tensor("table_cdf", "uint16", (None, None))
+        )
+        self.z_classes = file.tensor("z_classes", "uint8", (GAINS, a.z_channels))
+        self.mean_factor = file.tensor("mean_factor", "int32", (a.start(a.mean_stages),)).astype(np.int64)
+        self.context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
+        self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
+        self.basis = file.tensor("basis", "float16", (a.channels, pixels)).astype(np.float32)
+        self.mean = file.tensor("mean", "float32", (pixels,))
+        if self.z_classes.min() < 1 or self.z_classes.max() > 127:
+            raise ModelError("a class of hyper-latents is not within 1 ... 127")
+        for factor, top in ((self.mean_factor, MAX_MEAN_FACTOR), (self.context_factor, MAX_CONTEXT_FACTOR)):
+            if factor.size and (factor.min() < 1 or factor.max() >= top):
+                raise ModelError("an integer factor is out of range")
+        for floats in (self.inverse_gain, self.basis, self.mean):
+            if not np.isfinite(floats).all():
+                raise ModelError("a model tensor is not finite")
+        self._graphs = file.graphs
+        self._prove(file)
+        self.hyper = GraphRunner(file.graph("hyper"))
+        self.stages = [GraphRunner(file.graph(f"stage{k}")) for k in range(len(a.groups))]
+        self.chain = GraphRunner(file.graph("chain"))
+        self._linear: dict[int, GraphRunner] = {}
+
+    def _prove(self, file: container.ModelFile) -> None:
+        """The integer proof of every graph that decides a probability, or ModelError."""
+        a = self.architecture
+        plane = Range.of(1, 0, GAINS - 1)
+        h = Range.of(a.hyper, 0, 255)
+        prove_integer(
+            file.graph("hyper"),
+            {"z": Range.of(a.z_channels, -Z_PEAK, Z_PEAK), "plane": plane},
+            {"h": h, "step": Range.of(1, -STEP_PEAK, STEP_PEAK)},
+            f"{self.name}/hyper",
+        )
+        for k, size in enumerate(a.groups):
+            inputs = {"h": h, "plane": plane}
+            if k:
+                inputs["context"] = Range.of(a.seen(k), -CONTEXT_PEAK, CONTEXT_PEAK)
+            outputs = {"class": Range.of(size, 0, 127)}
+            if k < a.mean_stages:
+                outputs["mean"] = Range.of(size, -MEAN_PEAK, MEAN_PEAK)
+            prove_integer(file.graph(f"stage{k}"), inputs, outputs, f"{self.name}/stage{k}")
+        prove_quantised(file.graph("chain"), f"{self.name}/chain")
+
+    def linear(self, stages: int) -> GraphRunner:
+        """Runner of the inverse transform of the first ``stages`` groups.
+
+        Input ``y`` float32 (channels, positions), output float32 (positions, 768): samples of
+        each block in (row, column, colour) order, 128 added.
+        """
+        if stages not in self._linear:
+            channels = self.architecture.start(stages)
+            self._linear[stages] = GraphRunner(
+                gemm_graph(self.basis[:channels], self.mean + np.float32(128), transpose=True)
+            )
+        return self._linear[stages]
+
+    def graph_bytes(self, name: str) -> bytes:
+        """An ONNX graph of the model, for export and inspection."""
+        return self._graphs[name]
+
+
+def gemm_graph(weight: Array, bias: Array, *, transpose: bool) -> bytes:
+    """ONNX graph ``x @ weight + bias`` (x transposed first when asked) with input y, output x."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node("Gemm", ["y", "w", "b"], ["x"], transA=int(transpose))
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
+        [numpy_helper.from_array(np.ascontiguousarray(weight), "w"), numpy_helper.from_array(bias, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def load_decoder(data: bytes) -> DecoderModel:
+    """A decoder model from its file's bytes, proved; ModelError says what is wrong."""
+    return DecoderModel(container.parse(data))

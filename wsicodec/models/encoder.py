@@ -1,0 +1,71 @@
+"""An encoder model: the networks that choose latents. It decides nothing a decoder must know.
+
+Kept apart from the decoder model, so that a better encoder leaves the identity of decoders, and
+all files written before, as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from wsicodec.errors import ModelError
+from wsicodec.models import container
+from wsicodec.models.decoder import GAINS, DecoderModel, gemm_graph
+from wsicodec.models.proof import FLOAT_OPERATORS, check_operators
+from wsicodec.models.session import GraphRunner
+
+KIND = "encoder"
+
+
+class EncoderModel:
+    """Analysis networks and rate map of one decoder model.
+
+    quality_gain: (100,) gain index of each quality 1 ... 100, strictly increasing.
+    stage_gain: (stages,) smallest gain index at which each stage is coded.
+    colour_gram: M'M of the colour space M in which the decoder's basis is orthonormal.
+    analysis: (blocks, linear, plane) -> correction of the ``corrected`` leading latents, in steps.
+    hyper_analysis: (y, plane) -> hyper-latents before rounding.
+    """
+
+    def __init__(self, file: container.ModelFile) -> None:
+        if file.header.get("kind") != KIND:
+            raise ModelError(f"model file is of kind {file.header.get('kind')!r}, not {KIND!r}")
+        self.digest, self.header = file.digest, file.header
+        decoder = file.header.get("decoder")
+        if not isinstance(decoder, str) or len(decoder) != 64:
+            raise ModelError("encoder model does not name its decoder")
+        self.decoder_digest = bytes.fromhex(decoder)
+        self.quality_gain = file.tensor("quality_gain", "uint8", (100,)).astype(int)
+        self.stage_gain = file.tensor("stage_gain", "uint8", (None,)).astype(int)
+        if (self.quality_gain[1:] <= self.quality_gain[:-1]).any():
+            raise ModelError("the gains of an encoder's qualities do not increase")
+        if self.quality_gain.max() >= GAINS:
+            raise ModelError("a gain is out of range")
+        corrected = file.header.get("corrected")
+        if not isinstance(corrected, int) or isinstance(corrected, bool) or not 1 <= corrected <= 768:
+            raise ModelError("encoder model does not say how many latents it corrects")
+        self.corrected = corrected
+        self.colour_gram = file.tensor("colour_gram", "float32", (3, 3))
+        self._forward: GraphRunner | None = None
+        for name in ("analysis", "hyper_analysis"):
+            check_operators(file.graph(name), FLOAT_OPERATORS, f"encoder/{name}")
+        self.analysis = GraphRunner(file.graph("analysis"))
+        self.hyper_analysis = GraphRunner(file.graph("hyper_analysis"))
+
+    def forward_transform(self, decoder: DecoderModel) -> GraphRunner:
+        """Runner of the decoder's basis turned around: blocks (positions, 768), 128 subtracted,
+        to latents (positions, channels).
+
+        The basis is orthonormal in colours M, so its inverse is the transpose times M'M.
+        """
+        if self._forward is None:
+            rows = decoder.basis.reshape(len(decoder.basis), -1, 3) @ self.colour_gram
+            forward = rows.reshape(len(decoder.basis), -1)
+            weight = np.ascontiguousarray(forward.T)
+            self._forward = GraphRunner(gemm_graph(weight, -(forward @ decoder.mean), transpose=False))
+        return self._forward
+
+
+def load_encoder(data: bytes) -> EncoderModel:
+    """An encoder model from its file's bytes; ModelError says what is wrong."""
+    return EncoderModel(container.parse(data))

@@ -1,0 +1,178 @@
+"""Where models come from: shipped with the package, the user's folder, or allowed from a file.
+
+A model is found by the SHA-256 of its file alone. Names are for people.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsicodec.errors import ModelError, UnknownModelError
+from wsicodec.models import container
+from wsicodec.models.decoder import DecoderModel, load_decoder
+from wsicodec.models.encoder import EncoderModel, load_encoder
+
+DECODER_SUFFIX = ".wscm"
+ENCODER_SUFFIX = ".encoder.wscm"
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model that is installed.
+
+    digest: SHA-256 of the decoder's file, hex. kmac_per_pixel: multiply-accumulates per pixel in
+    thousands of a full decode. path: the decoder's file. encoder_path: None where only decoding
+    is possible. card_path: description, None where there is none.
+    """
+
+    name: str
+    digest: str
+    kmac_per_pixel: float
+    licence: str
+    path: Path
+    encoder_path: Path | None
+    card_path: Path | None
+    shipped: bool
+
+
+def user_folder() -> Path:
+    """Folder of the user's own models: ``WSICODEC_MODELS``, else the XDG data folder's."""
+    if folder := os.environ.get("WSICODEC_MODELS"):
+        return Path(folder)
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "wsicodec" / "models"
+
+
+def models() -> tuple[ModelRecord, ...]:
+    """All installed models, shipped ones first. Reads headers and digests, loads no network."""
+    return _store.records()
+
+
+def find_model(name_or_digest: str) -> ModelRecord:
+    """The model of this name, or of this digest (8 hex digits or more); else UnknownModelError."""
+    records = models()
+    for record in records:
+        if record.name == name_or_digest:
+            return record
+    if len(name_or_digest) >= 8:
+        for record in records:
+            if record.digest.startswith(name_or_digest.lower()):
+                return record
+    known = ", ".join(f"{r.name} ({r.digest[:8]})" for r in records) or "none"
+    raise UnknownModelError(f"model {name_or_digest!r} is not installed; installed: {known}")
+
+
+def decoder_of_prefix(prefix: bytes) -> DecoderModel:
+    """The decoder whose digest starts with these four bytes, loaded once per process."""
+    return _store.decoder(prefix)
+
+
+def encoder_of(record: ModelRecord) -> tuple[DecoderModel, EncoderModel]:
+    """Decoder and encoder of an installed model, loaded once per process."""
+    return _store.encoder(record)
+
+
+def allow_model(data: bytes) -> DecoderModel:
+    """Let this process decode with a model that came from elsewhere, such as from a slide.
+
+    The caller vouches for it; it is still parsed under caps and proved. Returns the decoder.
+    """
+    decoder = load_decoder(data)
+    _store.add(decoder)
+    return decoder
+
+
+class _Store:
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._records: tuple[ModelRecord, ...] | None = None
+        self._scanned = ""
+        self._decoders: dict[bytes, DecoderModel] = {}
+        self._encoders: dict[str, EncoderModel] = {}
+
+    def renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    def records(self) -> tuple[ModelRecord, ...]:
+        folder = str(user_folder())
+        with self._lock:
+            if self._records is None or self._scanned != folder:
+                found = [*_scan(SHIPPED, True), *_scan(Path(folder), False)]
+                seen: dict[str, ModelRecord] = {}
+                for record in found:
+                    seen.setdefault(record.digest, record)
+                self._records, self._scanned = tuple(seen.values()), folder
+            return self._records
+
+    def add(self, decoder: DecoderModel) -> None:
+        with self._lock:
+            self._decoders[decoder.digest[:4]] = decoder
+
+    def decoder(self, prefix: bytes) -> DecoderModel:
+        found = self._decoders.get(prefix)
+        if found is not None:
+            return found
+        with self._lock:
+            if prefix not in self._decoders:
+                for record in self.records():
+                    if bytes.fromhex(record.digest[:8]) == prefix:
+                        decoder = load_decoder(record.path.read_bytes())
+                        if decoder.digest.hex() != record.digest:
+                            raise ModelError(f"{record.path}: changed since it was listed")
+                        self._decoders[prefix] = decoder
+                        break
+                else:
+                    known = ", ".join(r.digest[:8] for r in self.records()) or "none"
+                    raise UnknownModelError(
+                        f"tile was coded with model {prefix.hex()}, which is not installed "
+                        f"(installed: {known}); put its file into {user_folder()}"
+                    )
+            return self._decoders[prefix]
+
+    def encoder(self, record: ModelRecord) -> tuple[DecoderModel, EncoderModel]:
+        decoder = self.decoder(bytes.fromhex(record.digest[:8]))
+        with self._lock:
+            if record.digest not in self._encoders:
+                if record.encoder_path is None:
+                    raise UnknownModelError(f"model {record.name!r} is installed for decoding only")
+                encoder = load_encoder(record.encoder_path.read_bytes())
+                if encoder.decoder_digest != decoder.digest:
+                    raise ModelError(f"{record.encoder_path}: made for another decoder")
+                self._encoders[record.digest] = encoder
+            return decoder, self._encoders[record.digest]
+
+
+def _scan(folder: Path, shipped: bool) -> list[ModelRecord]:
+    """Records of a folder's models; files that do not parse are reported by name when used."""
+    if not folder.is_dir():
+        return []
+    records = []
+    for path in sorted(folder.glob(f"*{DECODER_SUFFIX}")):
+        if path.name.endswith(ENCODER_SUFFIX) or path.stat().st_size > container.MAX_BYTES:
+            continue
+        file = container.parse(path.read_bytes())
+        header = file.header
+        stem = path.name.removesuffix(DECODER_SUFFIX)
+        encoder, card = folder / (stem + ENCODER_SUFFIX), folder / f"{stem}.md"
+        records.append(
+            ModelRecord(
+                name=str(header.get("name")),
+                digest=file.digest.hex(),
+                kmac_per_pixel=float(header.get("kmac_per_pixel", 0.0)),
+                licence=str(header.get("licence", "unknown")),
+                path=path,
+                encoder_path=encoder if encoder.is_file() else None,
+                card_path=card if card.is_file() else None,
+                shipped=shipped,
+            )
+        )
+    return records
+
+
+_store = _Store()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _store.renew_lock())
