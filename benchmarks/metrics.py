@@ -148,18 +148,16 @@ class BdRate:
 
 
 def rising(points: Sequence[tuple[float, float]]) -> tuple[Plane, Plane]:
-    """(qualities, rates) of (rate, quality) points, both rising: points that cost more than a
-    better one, or as much, are dropped. Points with nan are dropped too."""
+    """(qualities, rates) of (rate, quality) points, both rising.
+
+    Points that cost as much as a better one, or more, are dropped, and those with nan.
+    """
     kept: list[tuple[float, float]] = []
-    for rate, quality in sorted(points):
-        if not math.isnan(quality) and (
-            not kept or (rate > kept[-1][0] and quality > kept[-1][1])
-        ):
+    for rate, quality in sorted(points, key=lambda point: (point[0], -point[1])):
+        better = not kept or (rate > kept[-1][0] and quality > kept[-1][1])
+        if better and not math.isnan(quality):
             kept.append((rate, quality))
-    rates, qualities = (np.array(column) for column in zip(*kept, strict=True)) if kept else (
-        np.empty(0),
-        np.empty(0),
-    )
+    rates, qualities = np.array(kept).reshape(-1, 2).T
     return qualities, rates
 
 

@@ -42,7 +42,9 @@ def random_symbols(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np
     return symbols, classes
 
 
-def kernel_bytes(symbols: np.ndarray, classes: np.ndarray, tables: SymbolTables, lanes: int) -> bytes:
+def kernel_bytes(
+    symbols: np.ndarray, classes: np.ndarray, tables: SymbolTables, lanes: int
+) -> bytes:
     encoder = kernel.Encoder(tables, lanes)
     half = len(symbols) // 2
     encoder.put(symbols[:half], classes[:half])
@@ -52,7 +54,9 @@ def kernel_bytes(symbols: np.ndarray, classes: np.ndarray, tables: SymbolTables,
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("count", [0, 1, 7, 3000])
-def test_kernel_and_reference_give_the_same_bytes(tables: SymbolTables, lanes: int, count: int) -> None:
+def test_kernel_and_reference_give_the_same_bytes(
+    tables: SymbolTables, lanes: int, count: int
+) -> None:
     symbols, classes = random_symbols(np.random.default_rng(count + lanes), count)
     data = kernel_bytes(symbols, classes, tables, lanes)
     assert data == reference.encode(symbols.tolist(), classes.tolist(), tables, lanes)
@@ -73,7 +77,9 @@ def test_kernel_and_reference_give_the_same_bytes(tables: SymbolTables, lanes: i
     ),
     lanes=st.sampled_from([1, 4, 16]),
 )
-def test_any_symbol_under_any_class(tables: SymbolTables, pairs: list[tuple[int, int]], lanes: int) -> None:
+def test_any_symbol_under_any_class(
+    tables: SymbolTables, pairs: list[tuple[int, int]], lanes: int
+) -> None:
     classes = np.array([c for c, _ in pairs], np.uint8)
     symbols = np.array([q for _, q in pairs], np.int32)
     data = kernel_bytes(symbols, classes, tables, lanes)
@@ -140,7 +146,11 @@ def test_damage_never_crashes_and_both_decoders_agree(tables: SymbolTables) -> N
         for decoder in (kernel.Decoder, reference.Decoder):
             try:
                 d = decoder(bytes(bad), tables, 4)
-                got = d.get(classes).tolist() if isinstance(d, kernel.Decoder) else d.symbols(classes.tolist())
+                got = (
+                    d.get(classes).tolist()
+                    if isinstance(d, kernel.Decoder)
+                    else d.symbols(classes.tolist())
+                )
                 d.finish()
                 outcomes.append(got)
             except WsicodecError as error:

@@ -89,7 +89,7 @@ def register() -> None:
 
 
 def _boot() -> Any:
-    """The module of the hook: beside the package when installed, inside it in a bare copy."""
+    """The module of the hook: beside the package when installed, inside it in a checkout."""
     import importlib
     import sys
 

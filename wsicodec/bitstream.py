@@ -88,9 +88,7 @@ class Tile:
         body = (self.learned.pack() if self.learned else b"") + self.payload
         if len(body) > MAX_PAYLOAD:
             raise LimitError(f"tile payload of {len(body)} bytes exceeds {MAX_PAYLOAD}")
-        head = _HEADER.pack(
-            MAGIC, VERSION, self.mode, self.height, self.width, len(body), 0
-        )
+        head = _HEADER.pack(MAGIC, VERSION, self.mode, self.height, self.width, len(body), 0)
         return head[:14] + struct.pack("<I", checksum(head, body)) + body
 
 

@@ -13,7 +13,7 @@ MAX_THREADS = 1024
 
 
 def thread_budget() -> int:
-    """Threads that may compute at once: ``WSICODEC_NUM_THREADS``, else the cores of this process."""
+    """Threads that may compute at once: ``WSICODEC_NUM_THREADS``, else this process's cores."""
     text = os.environ.get("WSICODEC_NUM_THREADS", "")
     if text:
         if not text.isdecimal() or not 1 <= int(text) <= MAX_THREADS:

@@ -24,7 +24,7 @@ from tools.export.model import (
     quality_gains,
 )
 from tools.train.images import Sampler, load_sources
-from wsicodec.codec.learned import decode_tile, encode_tile
+from wsicodec.codec.network import Search, decode_tile, encode_tile
 from wsicodec.models.decoder import load_decoder
 from wsicodec.models.encoder import load_encoder
 
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="he-fast")
     parser.add_argument("--crops", type=int, default=400, help="crops to fit the tables on")
     parser.add_argument("--diagnostic-gain", type=int, default=90, help="gain of quality 70")
+    parser.add_argument("--strength", type=float, default=0.7, help="of the adaptive step, 0 ... 1")
+    parser.add_argument("--lagrange", type=float, default=5.0, help="bits per squared step")
     arguments = parser.parse_args(argv)
     net, state = load_network(arguments.checkpoint)
     header = {
@@ -52,24 +54,37 @@ def main(argv: list[str] | None = None) -> int:
     sampler = Sampler(load_sources(Path(arguments.data)), 256, 7)
     if arguments.crops:
         first = decoder_file(net, header, tables, z_classes)
-        second = encoder_file(net, header, first, qualities, LAST_STAGE_GAIN)
+        second = encoder_file(
+            net, header, first, qualities, LAST_STAGE_GAIN, arguments.strength, arguments.lagrange
+        )
         decoder, encoder = load_decoder(first), load_encoder(second)
         span = (int(qualities[0]), int(qualities[-1]))
         counts, squares = count_symbols(sampler, decoder, encoder, arguments.crops, span)
         tables = fitted_tables(counts)
         z_classes = fitted_hyper_classes(squares, z_classes)
     decoder_bytes = decoder_file(net, header, tables, z_classes)
-    encoder_bytes = encoder_file(net, header, decoder_bytes, qualities, LAST_STAGE_GAIN)
+    encoder_bytes = encoder_file(
+        net,
+        header,
+        decoder_bytes,
+        qualities,
+        LAST_STAGE_GAIN,
+        arguments.strength,
+        arguments.lagrange,
+    )
     decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
 
     image = sampler.one()
+    nearest = Search(arguments.strength, float("inf"))
     for gain in (40, 90, 180):
-        tile = encode_tile(image, decoder, encoder, gain)
+        tile = encode_tile(image, decoder, encoder, gain, nearest)
         ours = decode_tile(tile, decoder).astype(int)
         stages = len(net.settings.groups) - (gain < LAST_STAGE_GAIN)
         with torch.no_grad():
             x = torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32)) - 128
-            x_hat, rate = net(x, torch.tensor([float(gain)]), stages)
+            x_hat, rate = net(
+                x, torch.tensor([float(gain)]), torch.tensor([arguments.strength]), stages
+            )
         theirs = np.clip(np.rint(x_hat[0].numpy().transpose(1, 2, 0) + 128), 0, 255).astype(int)
         apart = np.abs(ours - theirs)
         bpp = 8 * len(tile.pack()) / image[..., 0].size

@@ -9,7 +9,7 @@ import numpy as np
 from tools.export.model import TABLE_CLASSES, normal_weights, scale_of
 from tools.train.images import Sampler
 from wsicodec.codec.cell import CellShape
-from wsicodec.codec.learned import quantise_cell
+from wsicodec.codec.network import Search, quantise_cell
 from wsicodec.entropy.tables import SymbolTables, tables_from_weights
 from wsicodec.models.decoder import DecoderModel
 from wsicodec.models.encoder import EncoderModel
@@ -20,19 +20,24 @@ PRIOR = 200.0
 
 
 def count_symbols(
-    sampler: Sampler, decoder: DecoderModel, encoder: EncoderModel, crops: int, gains: tuple[int, int]
+    sampler: Sampler,
+    decoder: DecoderModel,
+    encoder: EncoderModel,
+    crops: int,
+    gains: tuple[int, int],
 ) -> tuple[dict[int, Array], Array]:
     """(counts, squares): per class, counts of its table's values -64 ... 64 (latents alone), and
     (256, z channels, 2) sums of squared hyper-latents and their number."""
     counts = {c: np.zeros(129) for c in range(1, TABLE_CLASSES + 1)}
     squares = np.zeros((256, decoder.architecture.z_channels, 2))
     rng = np.random.default_rng(1)
+    search = Search(encoder.step_strength, encoder.lagrange)
     for _ in range(crops):
         image = sampler.one()
         gain = int(rng.integers(gains[0], gains[1] + 1))
         limit = int((encoder.stage_gain <= gain).sum())
         shape = CellShape(*image.shape[:2])
-        coded = quantise_cell(image, shape, decoder, encoder, gain, limit)
+        coded = quantise_cell(image, shape, decoder, encoder, gain, limit, search)
         z = coded[0][0].astype(float)
         squares[gain, :, 0] += (z**2).sum((1, 2))
         squares[gain, :, 1] += z[0].size

@@ -13,9 +13,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tools.train.integer import IntegerConv
-from tools.train.network import ResidualBlock, Stage, TileNetwork
+from tools.train.network import STEP_PEAK, STEP_UNIT, ResidualBlock, Stage, TileNetwork
 
-FLOAT, UINT8, INT8, INT16 = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.INT16
+FLOAT, UINT8, INT8, INT16 = (
+    TensorProto.FLOAT,
+    TensorProto.UINT8,
+    TensorProto.INT8,
+    TensorProto.INT16,
+)
 OPSET = 17
 IR_VERSION = 9
 Array = np.ndarray[Any, Any]
@@ -39,7 +44,9 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
         return name
 
-    def integer_conv(self, x: str, layer: IntegerConv, cast: int | None = None, output: str | None = None) -> str:
+    def integer_conv(
+        self, x: str, layer: IntegerConv, cast: int | None = None, output: str | None = None
+    ) -> str:
         """Conv -> Round -> x 2^-shift -> Floor -> Clip (-> Cast)."""
         rows = layer.rows()
         w = self.add("Cast", self.constant(rows.weight.numpy().astype(np.int8), "w"), to=FLOAT)
@@ -60,23 +67,34 @@ class GraphBuilder:
         stored = self.constant(value.astype(np.float16), hint)
         return self.add("Cast", stored, to=FLOAT)
 
-    def float_conv(self, x: str, weight: Array, bias: Array, stride: int = 1, pad: int | None = None) -> str:
+    def float_conv(
+        self, x: str, weight: Array, bias: Array, stride: int = 1, pad: int | None = None
+    ) -> str:
         side = weight.shape[-1]
         w = self.half(weight, "w")
         b = self.constant(bias.astype(np.float32), "b")
         p = side // 2 if pad is None else pad
-        return self.add("Conv", x, w, b, kernel_shape=[side, side], pads=[p] * 4, strides=[stride] * 2)
+        return self.add(
+            "Conv", x, w, b, kernel_shape=[side, side], pads=[p] * 4, strides=[stride] * 2
+        )
 
-    def finish(self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, tuple[int, list[Any]]]) -> bytes:
+    def finish(
+        self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, tuple[int, list[Any]]]
+    ) -> bytes:
         info = helper.make_tensor_value_info
         graph = helper.make_graph(
             self.nodes,
             self.name,
             [info(n, t, s) for n, (t, s) in inputs.items()],
             [info(n, t, s) for n, (t, s) in outputs.items()],
-            [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in self.constants.items()],
+            [
+                numpy_helper.from_array(np.ascontiguousarray(v), n)
+                for n, v in self.constants.items()
+            ],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        )
         model.producer_name = "wsicodec"
         onnx.checker.check_model(model, full_check=True)
         return bytes(model.SerializeToString())
@@ -92,8 +110,16 @@ def hyper_graph(net: TileNetwork) -> bytes:
     g = GraphBuilder("hyper")
     x = g.integer_conv("z", net.h_s_expand)
     x = g.add("DepthToSpace", x, blocksize=2, mode="CRD")
-    h = g.integer_conv(g.add("Concat", x, "plane", axis=1), net.h_s, output="h")
-    g.integer_conv(h, net.h_step, cast=INT8, output="step")
+    g.integer_conv(g.add("Concat", x, "plane", axis=1), net.h_s, output="h")
+    # the adaptive step is the first hyper-latent, times its unit, the same for 2 x 2 positions
+    unit = np.zeros((4, n.z_channels, 1, 1), np.int8)
+    unit[:, 0] = STEP_UNIT
+    w = g.add("Cast", g.constant(unit, "w"), to=FLOAT)
+    b = g.add("Cast", g.constant(np.zeros(4, np.int32), "b"), to=FLOAT)
+    step = g.add("Conv", "z", w, b, kernel_shape=[1, 1], pads=[0] * 4)
+    step = g.add("DepthToSpace", g.add("Round", step), blocksize=2, mode="CRD")
+    low, high = (g.constant(np.float32(v).reshape(()), "bound") for v in (-STEP_PEAK, STEP_PEAK))
+    g.add("Cast", g.add("Clip", step, low, high), to=INT8, output="step")
     return g.finish(
         {"z": (FLOAT, grid(n.z_channels, "z_rows", "z_columns")), "plane": (FLOAT, grid(1))},
         {"h": (FLOAT, grid(n.hyper)), "step": (INT8, grid(1))},
@@ -198,7 +224,7 @@ def analysis_graph(net: TileNetwork) -> bytes:
 
 
 def hyper_analysis_graph(net: TileNetwork) -> bytes:
-    """y (leading latents), plane -> hyper-latents before rounding."""
+    """y (leading latents), plane -> hyper-latents before rounding, all but the first."""
     n = net.settings
     g = GraphBuilder("hyper_analysis")
     d = 1 / net.deviation.numpy()[: n.context_channels]
@@ -211,5 +237,5 @@ def hyper_analysis_graph(net: TileNetwork) -> bytes:
     g.nodes[-1].output[0] = "z"
     return g.finish(
         {"y": (FLOAT, grid(n.context_channels)), "plane": (FLOAT, grid(1))},
-        {"z": (FLOAT, grid(n.z_channels, "z_rows", "z_columns"))},
+        {"z": (FLOAT, grid(n.z_channels - 1, "z_rows", "z_columns"))},
     )

@@ -53,7 +53,9 @@ def hyper_classes(net: TileNetwork) -> Array:
     """(256, z channels) uint8: class of each hyper-latent at each gain."""
     scale = net.hyper_scale(torch.arange(256).float()).detach().numpy().reshape(256, -1)
     index = np.round(SCALE_STEPS_PER_OCTAVE * (np.log2(scale) - SCALE_LOG2_OF_CLASS_1)) + 1
-    return np.clip(index, 1, 127).astype(np.uint8)
+    index = np.clip(index, 1, 127).astype(np.uint8)
+    first = np.full((256, 1), 1 + round(SCALE_STEPS_PER_OCTAVE * 4.0), np.uint8)  # sigma 2.4
+    return np.concatenate([first, index], 1) if index.shape[1] < net.settings.z_channels else index
 
 
 def decoder_file(
@@ -103,7 +105,13 @@ def decoder_file(
 
 
 def encoder_file(
-    net: TileNetwork, header: dict[str, Any], decoder: bytes, quality_gain: Array, last_stage_gain: int
+    net: TileNetwork,
+    header: dict[str, Any],
+    decoder: bytes,
+    quality_gain: Array,
+    last_stage_gain: int,
+    step_strength: float,
+    lagrange: float,
 ) -> bytes:
     """The encoder model's bytes, bound to a decoder by its digest."""
     n = net.settings
@@ -122,11 +130,16 @@ def encoder_file(
         "kind": "encoder",
         "decoder": container.digest_of(decoder).hex(),
         "corrected": n.analysis_channels,
+        "step_strength": step_strength,
+        "lagrange": lagrange,
         **header,
     }
     return container.pack(
         head,
-        {"analysis": graphs.analysis_graph(net), "hyper_analysis": graphs.hyper_analysis_graph(net)},
+        {
+            "analysis": graphs.analysis_graph(net),
+            "hyper_analysis": graphs.hyper_analysis_graph(net),
+        },
         {
             "colour_gram": gram.astype(np.float32),
             "quality_gain": quality_gain.astype(np.uint8),
@@ -135,10 +148,7 @@ def encoder_file(
     )
 
 
-def quality_gains(diagnostic: int, low: int = 8, high: int = 236, default: int = 70) -> Array:
-    """(100,) strictly increasing gains, ``diagnostic`` at the default quality."""
+def quality_gains(diagnostic: int, low: int = 2, high: int = 236, default: int = 70) -> Array:
+    """(100,) gains that never decrease, ``diagnostic`` at the default quality."""
     quality = np.arange(1, 101)
-    gains = np.round(np.interp(quality, [1, default, 100], [low, diagnostic, high])).astype(int)
-    if (np.diff(gains) < 1).any():
-        raise ValueError(f"gains from {low} over {diagnostic} to {high} do not increase")
-    return gains
+    return np.round(np.interp(quality, [1, default, 100], [low, diagnostic, high])).astype(int)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that a killed process leaves the old one or the new one."""
     part = path.with_suffix(path.suffix + ".part")
     torch.save(state, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 class Run:
@@ -72,6 +71,13 @@ class Run:
             "elapsed": self.elapsed,
         }
 
+    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take over the weights that fit, from a network of another shape."""
+        mine = self.net.state_dict()
+        fitting = {k: v for k, v in weights.items() if k in mine and mine[k].shape == v.shape}
+        self.net.load_state_dict({**mine, **fitting})
+        print(f"took over {len(fitting)} of {len(mine)} tensors")
+
     def resume(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["weights"])
         self.prepare()
@@ -95,8 +101,9 @@ class Run:
             x = torch.from_numpy(sampler.batch(s.batch)).to(self.device).float() - 128
             x = x.contiguous(memory_format=torch.channels_last)
             stages = len(self.net.settings.groups) - (1 if low else 0)
-            x_hat, rate = self.net(x, gain, stages)
-            d, mse, ssim = distortion(x, x_hat, s.ssim_weight)
+            strength = torch.from_numpy(rng.uniform(*s.strength, s.batch)).float().to(self.device)
+            x_hat, rate = self.net(x, gain, strength, stages)
+            d, mse, ssim = distortion(x, x_hat, s.ssim_weight * strength)
             weighted = s.lagrange * gain_of(gain) ** 2 * d
             loss = ((rate.total + weighted) / (rate.total.detach() + 0.3)).mean() / s.accumulate
             loss.backward()
@@ -138,7 +145,8 @@ def train(arguments: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     settings = TrainSettings(
         minutes=arguments.minutes, batch=arguments.batch, seed=arguments.seed, lr=arguments.lr,
-        ssim_weight=arguments.ssim_weight, lagrange=arguments.lagrange, accumulate=arguments.accumulate,
+        ssim_weight=arguments.ssim_weight, lagrange=arguments.lagrange,
+        accumulate=arguments.accumulate,
     )  # fmt: skip
     out = Path(arguments.out)
     previous = torch.load(out, map_location="cpu", weights_only=True) if out.exists() else None
@@ -150,6 +158,9 @@ def train(arguments: argparse.Namespace) -> None:
         run.resume(previous)
     else:
         run.net.start_from_klt(*block_klt(sampler, network.block, settings.chroma_weight))
+        if arguments.start_from:
+            state = torch.load(arguments.start_from, map_location="cpu", weights_only=True)
+            run.start_from(state["average"])
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {device}, step {run.step}")
@@ -188,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.train", description=__doc__)
     parser.add_argument("--data", required=True, help="folder of images, or a pack made by --pack")
     parser.add_argument("--out", required=True, help="checkpoint; resumed when it exists")
+    parser.add_argument("--start-from", metavar="CHECKPOINT", help="weights to begin with")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -196,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ssim-weight", type=float, default=TrainSettings.ssim_weight)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--pack", metavar="MANIFEST", help="instead of training: pack --data into --out (.zip)")
+    parser.add_argument(
+        "--pack", metavar="MANIFEST", help="instead of training: pack --data into --out (.zip)"
+    )
     parser.add_argument("--pack-mib", type=float, default=45)
     arguments = parser.parse_args(argv)
     if arguments.pack:

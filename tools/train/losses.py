@@ -41,15 +41,13 @@ def ssim_luma(a: Tensor, b: Tensor) -> Tensor:
     return (numerator / denominator).mean((1, 2, 3))
 
 
-def distortion(x: Tensor, x_hat: Tensor, ssim_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def distortion(x: Tensor, x_hat: Tensor, ssim_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(distortion, squared error, SSIM) per image; distortion in units of squared error.
 
     ``mse * (1 + w * (1 - ssim) / sg(1 - ssim))``-like: both terms have the same relative slope,
-    so the weight means the same at every rate.
+    so the weight, (N,), means the same at every rate.
     """
     mse = ((x_hat.float() - x.float()) ** 2).mean((1, 2, 3))
-    if ssim_weight == 0:
-        return mse, mse, torch.ones_like(mse)
     ssim = ssim_luma(x + 128, x_hat + 128)
     loss = 1 - ssim
     weight = (mse / loss.clamp_min(1e-5)).detach()

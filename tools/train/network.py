@@ -1,7 +1,7 @@
 """The tile codec's network: KLT-started linear transform, integer entropy model, int8 chain.
 
-    x -> g_a -> y --gain(E)--> v -> round(v - mu) -> q        E = clip(G + a(z), 0, 255)
-               y -> h_a -> z -> h_s -> h, a                    a: adaptive step, per position
+    x -> g_a -> y --gain(E)--> v -> round(v - mu) -> q        E = clip(G + 4 z_0, 0, 255)
+               y -> h_a -> z -> h_s -> h                       z_0: adaptive step, from x
     stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(groups) - 1
     x_hat    = linear(y_hat) + step(E) * chain(context(y_hat), E)
 
@@ -31,8 +31,10 @@ SCALE_LOG2_OF_CLASS_1 = -2.75
 SCALE_CLASSES = 128
 UNIT = 5  # exponent of hidden activations, contexts and the gain plane: steps of 1/32
 Z_EXPONENT = 2
-STEP_EXPONENT = 0  # adaptive step, in gain indices
+STEP_UNIT = 4  # gain indices per unit of z_0
 STEP_PEAK = 48
+STEP_REFERENCE = 660.0  # 2 variance + C2 where the adaptive step is neutral: textured tissue
+SSIM_C2 = 58.5225
 MEAN_EXPONENT = 6  # means in 1/64 of a channel's KLT standard deviation
 MEAN_PEAK = 1023
 LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
@@ -55,6 +57,34 @@ def gaussian_bits(value: Tensor, scale: Tensor) -> Tensor:
     upper = torch.special.ndtr((0.5 - value) / scale)
     lower = torch.special.ndtr((-0.5 - value) / scale)
     return -torch.log2((upper - lower).clamp_min(1e-9))
+
+
+@torch.no_grad()
+def search_symbols(r: Tensor, scale: Tensor, lagrange: float = 6.0) -> Tensor:
+    """The nearest symbols, or those one nearer to zero where the bits saved are worth it.
+
+    Encoders search alike; a network trained on nearest symbols alone expects too many of them.
+    lagrange: bits that a squared error of one step is worth.
+    """
+    near = torch.round(r)
+    less = near - torch.sign(near)
+    saved = gaussian_bits(near, scale) - gaussian_bits(less, scale)
+    return torch.where(lagrange * ((r - less) ** 2 - (r - near) ** 2) < saved, less, near)
+
+
+def adaptive_steps(x: Tensor, strength: Tensor) -> Tensor:
+    """z_0, (N, 1, H/32, W/32) whole numbers: finer steps where SSIM asks for them.
+
+    SSIM counts an error of variance e within texture of variance v like ``e / (2 v + C2)``; the
+    best step grows with the root of that weight's inverse. x: RGB - 128. strength: (N,), 0 is uniform.
+    """
+    weights = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(1, 3, 1, 1)
+    luma = (x * weights).sum(1, keepdim=True)
+    variance = F.avg_pool2d(luma**2, 8) - F.avg_pool2d(luma, 8) ** 2
+    weight = F.avg_pool2d(1 / (2 * variance.clamp_min(0) + SSIM_C2), 4)
+    octaves = 0.5 * torch.log2(STEP_REFERENCE * weight) * strength.view(-1, 1, 1, 1)
+    units = GAIN_STEPS_PER_OCTAVE * octaves / STEP_UNIT
+    return torch.round(units).clamp(-STEP_PEAK // STEP_UNIT, STEP_PEAK // STEP_UNIT)
 
 
 class ResidualBlock(nn.Module):
@@ -92,9 +122,7 @@ class Stage(nn.Module):
             else:
                 self.context = IntegerConv(seen * 2, n.context, 3, in_peak=127)
         self.middle = IntegerConv(n.hyper + (n.context if before else 0) + 1, n.middle, 1)
-        self.scale = IntegerConv(
-            n.middle + 1, self.size, 1, out_exponent=3, high=SCALE_CLASSES - 1
-        )
+        self.scale = IntegerConv(n.middle + 1, self.size, 1, out_exponent=3, high=SCALE_CLASSES - 1)
         self.mean: IntegerConv | None = None
         if self.has_mean:
             self.mean = IntegerConv(
@@ -145,16 +173,12 @@ class TileNetwork(nn.Module):
         self.h_a = nn.Sequential(
             nn.Conv2d(n.context_channels + 1, 96, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(96, n.z_channels, 2, stride=2),
+            nn.Conv2d(96, n.z_channels - 1, 2, stride=2),
         )
         self.h_s_expand = IntegerConv(
             n.z_channels, 4 * n.hyper, 1, in_exponent=Z_EXPONENT, in_peak=127
         )
         self.h_s = IntegerConv(n.hyper + 1, n.hyper, 3)
-        self.h_step = IntegerConv(
-            n.hyper, 1, 1, out_exponent=STEP_EXPONENT, low=-STEP_PEAK, high=STEP_PEAK
-        )
-        nn.init.zeros_(self.h_step.weight)
         self.stages = nn.ModuleList(Stage(n, i) for i in range(len(n.groups)))
 
         layers = []
@@ -233,11 +257,14 @@ class TileNetwork(nn.Module):
         log = self.z_log_scale.view(shape) + g * self.z_log_slope.view(shape)
         return torch.exp(log.clamp(-1.9, 4.0))
 
-    def forward(self, x: Tensor, gain: Tensor, stages: int | None = None) -> tuple[Tensor, Rates]:
-        """x: (N, 3, H, W) RGB - 128, H and W multiples of 32; gain: (N,) integer gain indices.
+    def forward(
+        self, x: Tensor, gain: Tensor, strength: Tensor, stages: int | None = None
+    ) -> tuple[Tensor, Rates]:
+        """x: (N, 3, H, W) RGB - 128, H and W multiples of 32; gain: (N,) integer gain indices;
+        strength: (N,) of the adaptive step.
 
-        Returns the reconstruction (not clipped) and rates. In training mode rates see additive
-        noise and pixels the rounding, both with straight-through gradients.
+        Returns the reconstruction (not clipped) and rates. In training mode hyper-latents' rates
+        see additive noise; symbols are those of a search, with straight-through gradients.
         """
         n = self.settings
         stages = len(n.groups) if stages is None else stages
@@ -247,11 +274,14 @@ class TileNetwork(nn.Module):
         z = self.h_a(self.hyper_input(y, constant.expand(-1, 1, lh, lw))) * 4
         z_hat = straight_through(torch.round(z).clamp(-127, 127), z)
         z_noisy = z + torch.rand_like(z) - 0.5 if self.training else z_hat
+        z_0 = adaptive_steps(x, strength)
+        z_hat, z_noisy = torch.cat([z_0, z_hat], 1), torch.cat([z_0, z_noisy], 1)
         bits = gaussian_bits(z_noisy, self.hyper_scale(gain)).sum((1, 2, 3))
         hyper_bits = bits
         h = F.pixel_shuffle(self.h_s_expand(z_hat / 2**Z_EXPONENT), 2)
         h = self.h_s(torch.cat([h, constant.expand(-1, 1, *h.shape[-2:])], 1))
-        effective = (gain.view(-1, 1, 1, 1) + self.h_step(h)).clamp(0, 255)
+        steps = F.interpolate(z_0, scale_factor=2, mode="nearest") * STEP_UNIT
+        effective = (gain.view(-1, 1, 1, 1) + steps).clamp(0, 255)
         plane = effective / 32
         g = gain_of(effective)
         contexts: list[Tensor] = []
@@ -269,10 +299,9 @@ class TileNetwork(nn.Module):
             else:
                 mu = torch.zeros_like(v)
             r = v - mu
-            q = torch.round(r) * (index > 0.5)
+            q = search_symbols(r, scale) * (index > 0.5)
             r_hat = straight_through(q, r)
-            noisy = r + torch.rand_like(r) - 0.5 if self.training else q
-            b_q = gaussian_bits(noisy, scale)
+            b_q = gaussian_bits(r_hat, scale)
             if not self.training:
                 b_q = b_q * (index > 0.5)
             bits = bits + b_q.sum((1, 2, 3))
@@ -295,7 +324,9 @@ class TileNetwork(nn.Module):
         per_position = lambda m: m.weight.numel() if m is not None else 0  # noqa: E731
         entropy = per_position(self.h_s_expand) / 4 + per_position(self.h_s)
         for s in self.stages[:stages]:
-            entropy += sum(per_position(m) for m in (s.reduce, s.context, s.middle, s.scale, s.mean))
+            entropy += sum(
+                per_position(m) for m in (s.reduce, s.context, s.middle, s.scale, s.mean)
+            )
         chain = sum(per_position(m) for m in (*self.chain, self.chain_out))
         linear = sum(n.groups[:stages]) * 3 * n.block**2
         area = n.block**2 * 1000

@@ -57,7 +57,8 @@ class TrainSettings:
 
     minutes: wall-clock length of the whole schedule, resumed runs included.
     ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
-        error and of 1 - SSIM(luma) alike.
+        error and of 1 - SSIM(luma) alike. Each image's weight is this times its strength.
+    strength: range of the adaptive step's strength, drawn per image.
     chroma_weight: of chroma errors in the colour space of the KLT, against luma's 1.
     lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``.
     low_share: share of batches at low and middle rates, coded without the last group.
@@ -71,7 +72,8 @@ class TrainSettings:
     warmup: int = 200
     decay_from: float = 0.6
     lagrange: float = 5.0
-    ssim_weight: float = 3.0
+    ssim_weight: float = 5.0
+    strength: tuple[float, float] = (0.2, 1.0)
     chroma_weight: float = 0.6
     low_share: float = 0.75
     low_gain: tuple[int, int] = (8, 140)

@@ -109,8 +109,7 @@ def decode_batch(
     streams = [bytes(item) for item in data]
     if not streams:
         return np.empty((0, 0, 0, 3), np.uint8) if out is None else out
-    infos = [probe(s) for s in streams]
-    shapes = {(i.height, i.width) for i in infos}
+    shapes = {_size_of(s) for s in streams}
     uniform = len(shapes) == 1
     target: Image | None = None
     if uniform:
@@ -133,6 +132,15 @@ def probe(data: Buffer) -> TileInfo:
     """What a stream says of itself; decodes no pixel. Raises as ``decode`` does."""
     stream = bytes(data)
     return codec_of(stream).probe(stream)
+
+
+def _size_of(stream: bytes) -> tuple[int, int]:
+    """(height, width) of a stream, without looking up its model as ``probe`` does."""
+    if bitstream.is_tile(stream):
+        tile = bitstream.parse(stream)
+        return tile.height, tile.width
+    info = probe(stream)
+    return info.height, info.width
 
 
 def _check_device(device: str) -> None:

@@ -24,6 +24,7 @@ BLOCK = 16
 SAMPLES = 3 * BLOCK * BLOCK
 SYMBOL_PEAK = 2**20
 STEPS_PER_OCTAVE = 32
+SPARSE_SHARE = 0.2
 TOP_STEP = 64.0  # quantisation step at gain index 0
 
 # docs/format.md, "Gain": round(2**15 * 2**(i / 32)), literals of the format
@@ -48,7 +49,7 @@ STEPS = steps_of_gains()
 
 
 @compiled
-def _dequantise(  # type: ignore[no-untyped-def]
+def _dequantise(
     symbols, means, gains, octave, mean_factor, context_factor, inverse_gain, steps, y, context
 ):
     """Symbols of one stage to latents ``y`` (channels, positions) and context integers.
@@ -85,16 +86,22 @@ def _dequantise(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _quantise(  # type: ignore[no-untyped-def]
-    y, classes, means, gains, octave, mean_factor, inverse_gain, steps, symbols
-):
-    """Nearest symbols of latents ``y`` (channels, positions), 0 in class 0."""
+def _quantise(
+    y, classes, means, gains, octave, mean_factor, inverse_gain, steps,
+    class_table, class_raw, radii, bits, lagrange, symbols
+):  # fmt: skip
+    """Symbols of latents ``y`` (channels, positions), 0 in class 0.
+
+    Takes the nearest symbol, or one nearer to zero where that saves more bits than ``lagrange``
+    times the squared error that it adds (in steps); ``lagrange`` infinite: always the nearest.
+    """
     channels, positions = y.shape
     with_mean = means.shape[0] > 0
     for c in range(channels):
         gain = np.float32(1) / inverse_gain[c]
         for p in range(positions):
-            if classes[c, p] == 0:
+            k = classes[c, p]
+            if k == 0:
                 symbols[c, p] = 0
                 continue
             e = np.int64(gains[p])
@@ -104,12 +111,41 @@ def _quantise(  # type: ignore[no-untyped-def]
                 product = np.int64(means[c, p]) * mean_factor[c] * octave[e & 31]
                 m = (product + (np.int64(1) << (shift - 1))) >> shift
                 v -= np.float32(m) * np.float32(1 / 16)
-            q = np.rint(v)
-            symbols[c, p] = np.int32(min(max(q, -SYMBOL_PEAK), SYMBOL_PEAK))
+            q = np.int64(min(max(np.rint(v), -SYMBOL_PEAK), SYMBOL_PEAK))
+            t = class_table[k]
+            r = np.int64(radii[t])
+            if q != 0 and class_raw[k] == 0 and abs(q) <= r:
+                best = q
+                cost = bits[t, q + r] + lagrange * (v - q) * (v - q)
+                for _ in range(2):
+                    q += -1 if q > 0 else 1
+                    other = bits[t, q + r] + lagrange * (v - q) * (v - q)
+                    if other < cost:
+                        best, cost = q, other
+                    if q == 0:
+                        break
+                q = best
+            symbols[c, p] = q
 
 
 @compiled
-def _assemble(linear, correction, gains, steps, columns, out):  # type: ignore[no-untyped-def]
+def _accumulate(y, basis, linear):
+    """Add ``y`` (channels, positions), mostly zeros, times ``basis`` (channels, 768) to
+    ``linear`` (positions, 768)."""
+    channels, positions = y.shape
+    samples = basis.shape[1]
+    for c in range(channels):
+        row = basis[c]
+        for p in range(positions):
+            value = y[c, p]
+            if value != 0:
+                target = linear[p]
+                for n in range(samples):
+                    target[n] += value * row[n]
+
+
+@compiled
+def _assemble(linear, correction, gains, steps, columns, out):
     """Pixels: round(linear + correction * step / 64), clipped to 0 ... 255, cropped to ``out``.
 
     linear: (positions, 768) float32, correction: (positions, 768) int8, block samples in (row,
@@ -235,23 +271,45 @@ def quantise_stage(
     classes: Classes,
     means: Array,
     gains: Array,
+    lagrange: float,
 ) -> Symbols:
-    """Nearest symbols of one stage's latents ``y`` (channels, positions)."""
-    a = model.architecture
+    """Symbols of one stage's latents ``y`` (channels, positions).
+
+    lagrange: bits that a squared error of one step is worth; infinite: the nearest symbols.
+    """
+    a, t = model.architecture, model.tables
     first, size = a.start(stage), a.groups[stage]
     symbols = np.empty(classes.shape, np.int32)
     _quantise(
         y, classes, means, gains, OCTAVE_TABLE,
         model.mean_factor[first : first + size] if stage < a.mean_stages else _NO_FACTOR,
-        model.inverse_gain[first : first + size], STEPS, symbols,
+        model.inverse_gain[first : first + size], STEPS,
+        t.class_table, t.class_raw, t.radii, t.bits, np.float32(lagrange), symbols,
     )  # fmt: skip
     return symbols
+
+
+def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.float32]:
+    """(positions, 768) samples plus 128, before the correction.
+
+    Channels without means are mostly zero: adding the rows of the others alone takes less time
+    than a full product, until about a fifth of them are set.
+    """
+    a = model.architecture
+    dense = min(cell.stages, max(1, a.mean_stages))
+    first = a.start(dense)
+    sparse = cell.y[first:]
+    if np.count_nonzero(sparse) > SPARSE_SHARE * sparse.size:
+        return model.linear(cell.stages)({"y": cell.y})[0]
+    linear = model.linear(dense)({"y": cell.y[:first]})[0]
+    _accumulate(sparse, model.basis[first : first + len(sparse)], linear)
+    return linear
 
 
 def synthesise(model: DecoderModel, cell: CellLatents, out: Image) -> None:
     """Pixels of a cell into ``out`` (height, width, 3)."""
     rows, columns = cell.shape.latents
-    linear = model.linear(cell.stages)({"y": cell.y})[0]
+    linear = inverse_transform(model, cell)
     context = np.empty((1, len(cell.context) + 1, rows, columns), np.uint8)
     context[0, :-1] = cell.context.reshape(-1, rows, columns) + 128
     # the gain plane on the same grid: clip(E - 128, -127, 127) + 128

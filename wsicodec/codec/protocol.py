@@ -59,7 +59,7 @@ class Codec(Protocol):
 
 
 def check_image(image: object) -> Image:
-    """A C-contiguous uint8 (rows, columns, 3) array, or UnsupportedError / LimitError saying why."""
+    """A C-contiguous uint8 (rows, columns, 3) array, or a named error that says why not."""
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise UnsupportedError(f"pixels are {array.dtype}; wsicodec codes uint8 RGB")

@@ -1,0 +1,19 @@
+"""Whole slides: ``convert`` one, ``verify`` a result, ``export`` it for everyone else's readers."""
+
+from wsicodec.convert.export import export
+from wsicodec.convert.pipeline import ConvertProgress, ConvertReport, convert
+from wsicodec.convert.plan import PRESETS, ConvertPlan, ConvertSettings, make_plan
+from wsicodec.convert.verify import VerifyReport, verify
+
+__all__ = [
+    "PRESETS",
+    "ConvertPlan",
+    "ConvertProgress",
+    "ConvertReport",
+    "ConvertSettings",
+    "VerifyReport",
+    "convert",
+    "export",
+    "make_plan",
+    "verify",
+]

@@ -19,6 +19,7 @@ from wsicodec.entropy.tables import (
     LENGTH_BITS,
     MAX_MAGNITUDE_BITS,
     PROBABILITY_BITS,
+    SYMBOL_PEAK,
     TOTAL,
     SymbolTables,
 )
@@ -42,9 +43,7 @@ def compiled(function: F) -> F:
 
 
 @compiled
-def _decode(  # type: ignore[no-untyped-def]
-    classes, out, words, cursor, states, slots, cdf, radii, class_table, class_raw
-):
+def _decode(classes, out, words, cursor, states, slots, cdf, radii, class_table, class_raw):
     """Fill ``out`` with symbols. cursor: [next word, next lane]. Returns a status."""
     lanes = len(states)
     position, lane = cursor[0], cursor[1]
@@ -125,20 +124,22 @@ def _decode(  # type: ignore[no-untyped-def]
                 if negative:
                     top = -top
             top = ((top << raw) | low) - ((np.int64(1) << raw) >> 1)
+            if top > SYMBOL_PEAK or top < -SYMBOL_PEAK:
+                return BAD_ESCAPE
         out[i] = top
     cursor[0], cursor[1] = position, lane
     return OK
 
 
 @compiled
-def _steps(  # type: ignore[no-untyped-def]
-    symbols, classes, starts, frequencies, begin, cdf, radii, class_table, class_raw
-):
+def _steps(symbols, classes, starts, frequencies, begin, cdf, radii, class_table, class_raw):
     """Append the steps of symbols from index ``begin`` on; returns the new end, or -1 - status."""
     n = begin
     for i in range(len(classes)):
         c = classes[i]
         symbol = np.int64(symbols[i])
+        if symbol > SYMBOL_PEAK or symbol < -SYMBOL_PEAK:
+            return -1 - BAD_SYMBOL
         if c == 0:
             if symbol != 0:
                 return -1 - BAD_SYMBOL
@@ -186,7 +187,7 @@ def _steps(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _encode(starts, frequencies, count, states, words):  # type: ignore[no-untyped-def]
+def _encode(starts, frequencies, count, states, words):
     """Code steps backwards; words fill from the back of ``words``. Returns the first used index."""
     lanes = len(states)
     position = len(words)

@@ -14,6 +14,7 @@ from wsicodec.entropy.tables import (
     LENGTH_BITS,
     MAX_MAGNITUDE_BITS,
     PROBABILITY_BITS,
+    SYMBOL_PEAK,
     TOTAL,
     SymbolTables,
 )
@@ -38,6 +39,8 @@ def raw_steps(value: int, bits: int) -> list[Step]:
 
 def symbol_steps(symbol: int, symbol_class: int, tables: SymbolTables) -> list[Step]:
     """Steps of one symbol; none for class 0, whose symbol must be 0."""
+    if abs(symbol) > SYMBOL_PEAK:
+        raise ValueError(f"symbol {symbol} is beyond the format's range")
     if symbol_class == 0:
         if symbol:
             raise ValueError(f"class 0 holds zeros alone, not {symbol}")
@@ -55,8 +58,6 @@ def symbol_steps(symbol: int, symbol_class: int, tables: SymbolTables) -> list[S
     else:
         excess = abs(top) - radius  # >= 1
         length = excess.bit_length() - 1
-        if length > MAX_MAGNITUDE_BITS:
-            raise ValueError(f"symbol {symbol} is beyond the format's range")
         steps = [entry(2 * radius + 1), *raw_steps(length, LENGTH_BITS)]
         steps += raw_steps(excess - (1 << length), length)
         steps += raw_steps(int(top < 0), 1)
@@ -145,7 +146,10 @@ class Decoder:
             magnitude = radius + (1 << length) + self.raw(length)
             top = -magnitude if self.raw(1) else magnitude
         low = self.raw(raw)
-        return (top << raw | low) - (1 << raw >> 1)
+        symbol = (top << raw | low) - (1 << raw >> 1)
+        if abs(symbol) > SYMBOL_PEAK:
+            raise FormatError(f"symbol {symbol} is beyond the format's range")
+        return symbol
 
     def symbols(self, classes: Sequence[int]) -> list[int]:
         """The next symbols, given their classes."""

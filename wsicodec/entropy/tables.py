@@ -23,6 +23,7 @@ MAX_RADIUS = 126  # 2 * radius + 2 symbols fit in a byte
 MAX_RAW_BITS = 14
 MAX_MAGNITUDE_BITS = 20  # escapes beyond are refused
 LENGTH_BITS = 5  # an escape's length field
+SYMBOL_PEAK = 2**20  # symbols beyond are refused
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,16 @@ class SymbolTables:
         """(T, 2**14): the symbol that owns each slot of the probability range."""
         slots = np.empty((len(self.radii), TOTAL), np.uint8)
         for t, radius in enumerate(self.radii):
-            counts = np.diff(self.cdf[t, : 2 * int(radius) + 3].astype(np.int64))
+            edges = self.cdf[t, : 2 * int(radius) + 3].astype(np.int64)
+            counts = edges[1:] - edges[:-1]
             slots[t] = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
         return slots
+
+    @cached_property
+    def bits(self) -> npt.NDArray[np.float32]:
+        """(T, width - 1): code length of each symbol index, for encoders' decisions."""
+        counts = np.diff(self.cdf.astype(np.float64), axis=1)
+        return (PROBABILITY_BITS - np.log2(np.maximum(counts, 1))).astype(np.float32)
 
     @cached_property
     def class_table(self) -> npt.NDArray[np.uint8]:
@@ -89,7 +97,7 @@ def quantised_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.in
     For exporting tables only: floats decide nothing at run time.
     """
     share = weights / weights.sum() * TOTAL
-    counts = np.maximum(1, np.floor(share)).astype(np.int64)
+    counts: npt.NDArray[np.int64] = np.maximum(1, np.floor(share)).astype(np.int64)
     while (rest := TOTAL - int(counts.sum())) != 0:
         # move the cheapest units in code length first
         if rest > 0:

@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,9 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def pack(header: Mapping[str, Any], graphs: Mapping[str, bytes], tensors: Mapping[str, Array]) -> bytes:
+def pack(
+    header: Mapping[str, Any], graphs: Mapping[str, bytes], tensors: Mapping[str, Array]
+) -> bytes:
     """The bytes of a model file; ``parse`` gives the parts back."""
     sections: list[dict[str, Any]] = []
     blobs: list[bytes] = []
@@ -160,5 +162,5 @@ def _section(section: object) -> tuple[str, str, int, tuple[int, ...]]:
     return name, kind, size, tuple(shape)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_BYTES

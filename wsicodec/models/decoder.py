@@ -11,7 +11,14 @@ import numpy.typing as npt
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.errors import ModelError
 from wsicodec.models import container
-from wsicodec.models.proof import Range, prove_integer, prove_quantised
+from wsicodec.models.proof import (
+    INT8,
+    INT16,
+    UINT8,
+    Range,
+    prove_integer,
+    prove_quantised,
+)
 from wsicodec.models.session import GraphRunner
 
 KIND = "decoder"
@@ -20,7 +27,7 @@ CONTEXT_PEAK = 127
 MEAN_PEAK = 1023
 STEP_PEAK = 48
 GAINS = 256
-MAX_MEAN_FACTOR = 2**30
+MAX_MEAN_FACTOR = 2**21
 MAX_CONTEXT_FACTOR = 2**21
 
 Array = npt.NDArray[Any]
@@ -49,7 +56,10 @@ class Architecture:
         sums = [sum(self.groups[: i + 1]) for i in range(len(self.groups))]
         if self.context_channels not in sums or not 1 <= self.z_channels <= 256:
             raise ModelError("context_channels must end with a stage; z_channels within 1 ... 256")
-        if sum(self.groups[: self.mean_stages]) > self.context_channels or not 1 <= self.hyper <= 512:
+        if (
+            sum(self.groups[: self.mean_stages]) > self.context_channels
+            or not 1 <= self.hyper <= 512
+        ):
             raise ModelError("stages with means must be context; hyper within 1 ... 512")
 
     @property
@@ -80,7 +90,9 @@ class Architecture:
         if not isinstance(values, dict) or set(values) != {*names, "groups"}:
             raise ModelError("model header has no proper architecture")
         groups = values["groups"]
-        if not isinstance(groups, list) or not all(_is_int(v) for v in (*groups, *(values[n] for n in names))):
+        if not isinstance(groups, list) or not all(
+            _is_int(v) for v in (*groups, *(values[n] for n in names))
+        ):
             raise ModelError("model architecture is not made of integers")
         return cls(groups=tuple(groups), **{n: values[n] for n in names})
 
@@ -102,17 +114,23 @@ class DecoderModel:
         a = self.architecture = Architecture.from_header(file.header)
         contexts, pixels = a.context_channels, 3 * a.block**2
         self.tables = SymbolTables(
-            file.tensor("table_radii", "int32", (None,)), file.tensor("table_cdf", "uint16", (None, None))
+            file.tensor("table_radii", "int32", (None,)),
+            file.tensor("table_cdf", "uint16", (None, None)),
         )
         self.z_classes = file.tensor("z_classes", "uint8", (GAINS, a.z_channels))
-        self.mean_factor = file.tensor("mean_factor", "int32", (a.start(a.mean_stages),)).astype(np.int64)
+        self.mean_factor = file.tensor("mean_factor", "int32", (a.start(a.mean_stages),)).astype(
+            np.int64
+        )
         self.context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
         self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
         self.basis = file.tensor("basis", "float16", (a.channels, pixels)).astype(np.float32)
         self.mean = file.tensor("mean", "float32", (pixels,))
         if self.z_classes.min() < 1 or self.z_classes.max() > 127:
             raise ModelError("a class of hyper-latents is not within 1 ... 127")
-        for factor, top in ((self.mean_factor, MAX_MEAN_FACTOR), (self.context_factor, MAX_CONTEXT_FACTOR)):
+        for factor, top in (
+            (self.mean_factor, MAX_MEAN_FACTOR),
+            (self.context_factor, MAX_CONTEXT_FACTOR),
+        ):
             if factor.size and (factor.min() < 1 or factor.max() >= top):
                 raise ModelError("an integer factor is out of range")
         for floats in (self.inverse_gain, self.basis, self.mean):
@@ -128,23 +146,30 @@ class DecoderModel:
     def _prove(self, file: container.ModelFile) -> None:
         """The integer proof of every graph that decides a probability, or ModelError."""
         a = self.architecture
-        plane = Range.of(1, 0, GAINS - 1)
-        h = Range.of(a.hyper, 0, 255)
+        # h and step lie on a grid of twice the rows and columns of z
         prove_integer(
             file.graph("hyper"),
-            {"z": Range.of(a.z_channels, -Z_PEAK, Z_PEAK), "plane": plane},
-            {"h": h, "step": Range.of(1, -STEP_PEAK, STEP_PEAK)},
+            {
+                "z": Range.of(a.z_channels, -Z_PEAK, Z_PEAK),
+                "plane": Range.of(1, 0, GAINS - 1, zoom=2),
+            },
+            {
+                "h": Range.of(a.hyper, 0, 255, zoom=2),
+                "step": Range.of(1, -STEP_PEAK, STEP_PEAK, zoom=2, kind=INT8),
+            },
             f"{self.name}/hyper",
         )
+        plane, h = Range.of(1, 0, GAINS - 1), Range.of(a.hyper, 0, 255)
         for k, size in enumerate(a.groups):
             inputs = {"h": h, "plane": plane}
             if k:
                 inputs["context"] = Range.of(a.seen(k), -CONTEXT_PEAK, CONTEXT_PEAK)
-            outputs = {"class": Range.of(size, 0, 127)}
+            outputs = {"class": Range.of(size, 0, 127, kind=UINT8)}
             if k < a.mean_stages:
-                outputs["mean"] = Range.of(size, -MEAN_PEAK, MEAN_PEAK)
+                outputs["mean"] = Range.of(size, -MEAN_PEAK, MEAN_PEAK, kind=INT16)
             prove_integer(file.graph(f"stage{k}"), inputs, outputs, f"{self.name}/stage{k}")
-        prove_quantised(file.graph("chain"), f"{self.name}/chain")
+        pixels = 3 * a.block**2
+        prove_quantised(file.graph("chain"), a.context_channels + 1, pixels, f"{self.name}/chain")
 
     def linear(self, stages: int) -> GraphRunner:
         """Runner of the inverse transform of the first ``stages`` groups.
@@ -174,7 +199,10 @@ def gemm_graph(weight: Array, bias: Array, *, transpose: bool) -> bytes:
         "linear",
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
-        [numpy_helper.from_array(np.ascontiguousarray(weight), "w"), numpy_helper.from_array(bias, "b")],
+        [
+            numpy_helper.from_array(np.ascontiguousarray(weight), "w"),
+            numpy_helper.from_array(bias, "b"),
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return bytes(model.SerializeToString())

@@ -20,11 +20,13 @@ KIND = "encoder"
 class EncoderModel:
     """Analysis networks and rate map of one decoder model.
 
-    quality_gain: (100,) gain index of each quality 1 ... 100, strictly increasing.
+    quality_gain: (100,) gain index of each quality 1 ... 100, never decreasing.
     stage_gain: (stages,) smallest gain index at which each stage is coded.
     colour_gram: M'M of the colour space M in which the decoder's basis is orthonormal.
     analysis: (blocks, linear, plane) -> correction of the ``corrected`` leading latents, in steps.
-    hyper_analysis: (y, plane) -> hyper-latents before rounding.
+    hyper_analysis: (y, plane) -> hyper-latents before rounding, all but the first channel.
+    step_strength: of the adaptive step (the first channel), 0 ... 1.
+    lagrange: bits that a squared error of one step is worth.
     """
 
     def __init__(self, file: container.ModelFile) -> None:
@@ -37,14 +39,30 @@ class EncoderModel:
         self.decoder_digest = bytes.fromhex(decoder)
         self.quality_gain = file.tensor("quality_gain", "uint8", (100,)).astype(int)
         self.stage_gain = file.tensor("stage_gain", "uint8", (None,)).astype(int)
-        if (self.quality_gain[1:] <= self.quality_gain[:-1]).any():
-            raise ModelError("the gains of an encoder's qualities do not increase")
+        if (self.quality_gain[1:] < self.quality_gain[:-1]).any():
+            raise ModelError("the gains of an encoder's qualities decrease")
         if self.quality_gain.max() >= GAINS:
             raise ModelError("a gain is out of range")
         corrected = file.header.get("corrected")
-        if not isinstance(corrected, int) or isinstance(corrected, bool) or not 1 <= corrected <= 768:
+        if (
+            not isinstance(corrected, int)
+            or isinstance(corrected, bool)
+            or not 1 <= corrected <= 768
+        ):
             raise ModelError("encoder model does not say how many latents it corrects")
         self.corrected = corrected
+        strength = file.header.get("step_strength")
+        if (
+            isinstance(strength, bool)
+            or not isinstance(strength, (int, float))
+            or not 0 <= strength <= 1
+        ):
+            raise ModelError("encoder model has no adaptive step strength within 0 ... 1")
+        self.step_strength = float(strength)
+        lagrange = file.header.get("lagrange")
+        if isinstance(lagrange, bool) or not isinstance(lagrange, (int, float)) or lagrange <= 0:
+            raise ModelError("encoder model has no positive lagrange multiplier")
+        self.lagrange = float(lagrange)
         self.colour_gram = file.tensor("colour_gram", "float32", (3, 3))
         self._forward: GraphRunner | None = None
         for name in ("analysis", "hyper_analysis"):
@@ -62,7 +80,9 @@ class EncoderModel:
             rows = decoder.basis.reshape(len(decoder.basis), -1, 3) @ self.colour_gram
             forward = rows.reshape(len(decoder.basis), -1)
             weight = np.ascontiguousarray(forward.T)
-            self._forward = GraphRunner(gemm_graph(weight, -(forward @ decoder.mean), transpose=False))
+            self._forward = GraphRunner(
+                gemm_graph(weight, -(forward @ decoder.mean), transpose=False)
+            )
         return self._forward
 
 

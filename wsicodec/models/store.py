@@ -175,4 +175,4 @@ def _scan(folder: Path, shipped: bool) -> list[ModelRecord]:
 
 _store = _Store()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _store.renew_lock())
+    os.register_at_fork(after_in_child=_store.renew_lock)

@@ -25,7 +25,7 @@ import numpy as np
 from wsicodec.codec import DEFAULT_MODEL, DEFAULT_QUALITY, encode
 from wsicodec.codec.constant import encode_constant
 from wsicodec.codec.protocol import Image
-from wsicodec.errors import RuntimeMissingError, SettingsError, UnsupportedError
+from wsicodec.errors import RuntimeMissingError, SettingsError, UnsupportedError, WsicodecError
 from wsicodec.plugins.imagecodecs import wsicodec_decode
 
 __all__ = [
@@ -136,8 +136,8 @@ def is_installed(module: Any = None) -> bool:
 def canary() -> None:
     """Write a file in memory through tifffile and read it back, or say what does not work.
 
-    Needs no model: the tiles have one colour each. Raises UnsupportedError, or what ``install``
-    raises.
+    Needs no model: the tiles have one colour each. Raises UnsupportedError where tifffile does not
+    play along, else what ``install`` and ``wsicodec.decode`` raise.
     """
     host = _import_host()
     install(host)
@@ -159,6 +159,8 @@ def canary() -> None:
         with host.TiffFile(file) as tif:
             page = tif.pages[0]
             value, pixels = int(page.compression), page.asarray()
+    except WsicodecError:
+        raise  # not tifffile's doing
     except Exception as error:
         reason = f"writing and reading a file fails with {type(error).__name__}: {error}"
         raise _changed(host, reason, "read or write") from error

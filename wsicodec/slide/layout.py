@@ -63,14 +63,18 @@ def find_layout(tiff: Any, path: Path) -> Layout:
     pages = [tiff.pages[index].aspage() for index in range(len(tiff.pages))]
     levels, associated = _pyramid(tiff, pages, path)
     description = str(pages[0].description)
-    if not tiff.is_svs:
-        # tifffile's own shape notes describe the array, not the slide
-        text = "" if description.startswith('{"shape"') else description
-        return Layout("tiff", levels, associated, text)
     values = aperio_values(description)
     mpp = positive_number(values.get("MPP"))
     magnification = positive_number(values.get("AppMag"))
-    return Layout("svs", levels, associated, description, mpp, mpp, magnification)
+    if tiff.is_svs:
+        return Layout("svs", levels, associated, description, mpp, mpp, magnification)
+    if description.startswith("wsicodec "):
+        # a flat pyramid of our own: one line of ours, then the words of the scanner
+        ours, _, description = description.partition("\n")
+        magnification = positive_number(aperio_values(ours).get("AppMag"))
+        return Layout("tiff", levels, associated, description, magnification=magnification)
+    # tifffile's own shape notes describe the array, not the slide
+    return Layout("tiff", levels, associated, re.sub(r'^{"shape".*', "", description))
 
 
 def _ome_layout(tiff: Any, path: Path) -> Layout:

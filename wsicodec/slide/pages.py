@@ -269,7 +269,7 @@ def _part_height(height: int, width: int, strip_height: int) -> int:
 def _rgb_of_ycbcr(image: Image) -> Image:
     """Full-range BT.601, as in JFIF; Aperio's 33003 streams hold YCbCr without saying so."""
     y, cb, cr = (image[..., channel].astype(np.float32) for channel in range(3))
-    rgb = np.stack(
+    rgb: npt.NDArray[np.float32] = np.stack(
         [
             y + 1.402 * (cr - 128),
             y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128),

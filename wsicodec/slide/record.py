@@ -16,8 +16,8 @@ from typing import Any
 
 from wsicodec.errors import FormatError, UnsupportedError
 
-TAG_RECORD = 60520
-TAG_MODEL = 60521
+TAG_RECORD = 60643
+TAG_MODEL = 60644
 RECORD_FORMAT = "wsicodec-file"
 RECORD_VERSION = 1
 MAX_RECORD_BYTES = 2**24

@@ -1,0 +1,682 @@
+"""A second decoder of wsicodec tiles, written from docs/format.md and nothing else.
+
+Plain Python and NumPy: symbols by Python integers, networks by int64 arrays, pixels by float64.
+It is slow on purpose and shares no line with the package, so that what both decode alike is what
+the document says. Every function names the heading that it follows. ``onnx`` parses the graphs'
+protobuf; modes 2 to 5 hold somebody else's stream, which ``imagecodecs`` decodes.
+
+Models are given by a caller who vouches for them: the proof that section "Integer networks" asks
+of a reader is not here, but the interpreter refuses operators that no graph may hold and checks
+every sum that it forms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import struct
+import zlib
+from dataclasses import dataclass, field
+
+import imagecodecs
+import numpy as np
+import onnx
+
+
+class RefusedError(ValueError):
+    """Input that a compliant decoder must refuse."""
+
+
+def require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise RefusedError(reason)
+
+
+# --------------------------------------------------------------------------------------------- Tile
+
+MODES = {0: "constant", 1: "learned", 2: "jpegxl", 3: "jpeg", 4: "jpeg2000", 5: "lossless"}
+
+
+@dataclass
+class Cell:
+    """What one cell's symbols said, for comparison: arrays as the document names them."""
+
+    z: np.ndarray
+    effective: np.ndarray
+    classes: list[np.ndarray] = field(default_factory=list)
+    means: list[np.ndarray | None] = field(default_factory=list)
+    q: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass
+class Decoded:
+    """A decoded tile: uint8 pixels (rows, columns, 3), and the cells of mode ``learned``."""
+
+    pixels: np.ndarray
+    mode: str
+    cells: list[Cell]
+    real: np.ndarray | None = None
+    """Mode ``learned``: the samples before rounding and clipping, float64."""
+
+
+def decode(data: bytes, models: list[bytes]) -> Decoded:
+    """Section "Tile". ``models`` are the files of the decoder models that are installed."""
+    require(len(data) >= 18, "fewer bytes than the header")
+    magic, version, mode, height, width, length, crc = struct.unpack("<4sBBHHII", data[:18])
+    require(magic == bytes.fromhex("57 53 43 1A"), "magic")
+    require(version == 1, "version")
+    require(mode in MODES, "mode")
+    require(1 <= height <= 4096 and 1 <= width <= 4096, "height or width")
+    require(length <= 2**28, "length")
+    require(len(data) == 18 + length, "number of bytes")
+    require(crc == zlib.crc32(data[18:], zlib.crc32(data[:14])), "crc")
+
+    payload = data[18:]
+    if MODES[mode] == "constant":  # section "Modes"
+        require(length == 3, "length of mode constant")
+        colour = np.frombuffer(payload, np.uint8)
+        return Decoded(np.broadcast_to(colour, (height, width, 3)).copy(), "constant", [])
+    if MODES[mode] == "learned":
+        return decode_learned(payload, height, width, models)
+    return Decoded(decode_foreign(payload, MODES[mode], height, width), MODES[mode], [])
+
+
+# -------------------------------------------------------------------------------------------- Modes
+
+
+def decode_foreign(stream: bytes, mode: str, height: int, width: int) -> np.ndarray:
+    """Section "Modes": the size is compared before a pixel is decoded."""
+    size = {
+        "jpegxl": jpegxl_size,
+        "lossless": jpegxl_size,
+        "jpeg": jpeg_size,
+        "jpeg2000": jpeg2000_size,
+    }[mode](stream)
+    require(size == (height, width), f"{mode} stream of another size: {size}")
+    read = {
+        "jpegxl": imagecodecs.jpegxl_decode,
+        "lossless": imagecodecs.jpegxl_decode,
+        "jpeg": imagecodecs.jpeg8_decode,
+        "jpeg2000": imagecodecs.jpeg2k_decode,
+    }[mode]
+    try:
+        pixels = read(stream)
+    except Exception as error:
+        raise RefusedError(f"{mode} stream: {error}") from error
+    fits = pixels.dtype == np.uint8 and pixels.shape == (height, width, 3)
+    require(fits, f"{mode} stream is not 8-bit RGB")
+    return pixels
+
+
+def jpegxl_size(stream: bytes) -> tuple[int, int]:
+    """(rows, columns) of a JPEG XL codestream, bare or in a container (ISO 18181-1, SizeHeader)."""
+    if stream[:12] == bytes.fromhex("0000000C4A584C200D0A870A"):
+        stream = jpegxl_codestream(stream)
+    require(stream[:2] == b"\xff\x0a", "not a JPEG XL codestream")
+    bits = int.from_bytes(stream[2:18].ljust(16, b"\0"), "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    rows = side()
+    ratio = take(3)
+    across, down = ((0, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio]
+    return rows, rows * across // down if ratio else side()
+
+
+def jpegxl_codestream(stream: bytes) -> bytes:
+    """The codestream of a JPEG XL container, or as much of it as its first box holds."""
+    at = 0
+    while at + 8 <= len(stream):
+        size, kind = struct.unpack(">I4s", stream[at : at + 8])
+        start = at + 8
+        if size == 1:
+            (size,) = struct.unpack(">Q", stream[start : start + 8].ljust(8, b"\0"))
+            start += 8
+        end = at + size if size else len(stream)
+        require(end > at + 7, "JPEG XL box")
+        if kind in (b"jxlc", b"jxlp"):
+            return stream[start + (4 if kind == b"jxlp" else 0) : end]
+        at = end
+    raise RefusedError("no JPEG XL codestream in its container")
+
+
+def jpeg_size(stream: bytes) -> tuple[int, int]:
+    """(rows, columns) of a JPEG stream, from its frame header (ISO 10918-1, B.2.2)."""
+    require(stream[:2] == b"\xff\xd8", "not a JPEG stream")
+    at = 2
+    while at + 4 <= len(stream):
+        require(stream[at] == 0xFF, "JPEG marker")
+        marker = stream[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            require(at + 9 <= len(stream), "JPEG frame header")
+            return struct.unpack(">HH", stream[at + 5 : at + 9])
+        else:
+            at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    raise RefusedError("JPEG stream without a frame header")
+
+
+def jpeg2000_size(stream: bytes) -> tuple[int, int]:
+    """(rows, columns) of a JPEG 2000 codestream, from its SIZ segment (ISO 15444-1, A.5)."""
+    at = stream.find(bytes.fromhex("FF4FFF51"))
+    require(at >= 0 and len(stream) >= at + 24, "not a JPEG 2000 codestream")
+    columns, rows, left, top = struct.unpack(">IIII", stream[at + 8 : at + 24])
+    return rows - top, columns - left
+
+
+# ----------------------------------------------------------------------------------- Learned header
+
+
+def decode_learned(rest: bytes, height: int, width: int, models: list[bytes]) -> Decoded:
+    """Sections "Learned header" and "Cells". ``rest`` is the tile from offset 18 on."""
+    require(len(rest) >= 6, "learned header")
+    digest, gain, packed = rest[:4], rest[4], rest[5]
+    require(packed >> 7 == 0, "reserved bit")
+    stages, log_lanes = packed & 15, packed >> 4 & 7
+    require(log_lanes <= 5, "lanes")
+    found = [file for file in models if hashlib.sha256(file).digest()[:4] == digest]
+    require(bool(found), "no such model")
+    model = read_model(found[0])
+    require(1 <= stages <= len(model.groups), "stages")
+
+    coder = Decoder(rest[6:], 1 << log_lanes)
+    cells = []
+    real = np.zeros((height, width, 3))
+    for top in range(0, height, 512):  # section "Cells": row by row
+        for left in range(0, width, 512):
+            h, w = min(512, height - top), min(512, width - left)
+            cell, samples = decode_cell(coder, model, (h, w), gain, stages)
+            cells.append(cell)
+            real[top : top + h, left : left + w] = samples
+    coder.end()
+    pixels = np.clip(np.rint(real + 128), 0, 255).astype(np.uint8)
+    return Decoded(pixels, "learned", cells, real + 128)
+
+
+# --------------------------------------------------------------------------------------------- Gain
+
+# fmt: off
+OCTAVE = np.array([
+    32768, 33486, 34219, 34968, 35734, 36516, 37316, 38133, 38968, 39821, 40693, 41584, 42495,
+    43425, 44376, 45348, 46341, 47356, 48393, 49452, 50535, 51642, 52773, 53928, 55109, 56316,
+    57549, 58809, 60097, 61413, 62757, 64132,
+], np.int64)
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------- Learned payload
+
+
+def decode_cell(
+    coder: Decoder, model: Model, size: tuple[int, int], gain: int, stages: int
+) -> tuple[Cell, np.ndarray]:
+    """Section "Learned payload": one cell's symbols, then its samples (h, w, 3) less 128."""
+    h, w = size
+    rows, columns = math.ceil(h / 16), math.ceil(w / 16)
+    z, hyper, effective = decode_hyper(coder, model, rows, columns, gain)
+    cell = Cell(z, effective)
+
+    # section "Stages"
+    channels = sum(model.groups)
+    v = np.zeros((channels, rows, columns), np.int64)
+    context = np.zeros((model.context_channels, rows, columns), np.int64)
+    first = 0
+    for stage in range(stages):
+        count = model.groups[stage]
+        inputs = {"h": hyper, "plane": effective[None]}
+        if stage > 0:
+            inputs["context"] = context[: min(first, model.context_channels)]
+        outputs = run_graph(model.graphs[f"stage{stage}"], inputs)
+        classes = outputs["class"]
+        require(classes.shape == (count, rows, columns), "shape of class")
+        mean = outputs["mean"] if stage < model.mean_stages else None
+        cell.classes.append(classes)
+        cell.means.append(mean)
+        q = coder.symbols(model, classes, 2**20, cell)
+        cell.q.append(q)
+
+        for i in range(count):
+            c = first + i
+            v[c] = 16 * q[i]
+            if mean is not None:
+                v[c] += mean_of_channel(model, c, mean[i], effective)
+            if c < model.context_channels:
+                mirrored = 255 - effective
+                t = 35 - (mirrored >> 5)
+                product = v[c] * int(model.context_factor[c]) * OCTAVE[mirrored & 31]
+                context[c] = np.clip((product + (1 << t - 1)) >> t, -127, 127)
+
+        first += count
+    return cell, synthesise(model, v, context, effective)[:h, :w]
+
+
+def mean_of_channel(
+    model: Model, channel: int, mean: np.ndarray, effective: np.ndarray
+) -> np.ndarray:
+    """Section "Stages": m, in sixteenths of a step."""
+    s = 31 - (effective >> 5)
+    product = mean * int(model.mean_factor[channel]) * OCTAVE[effective & 31]
+    return (product + (1 << s - 1)) >> s
+
+
+def decode_hyper(
+    coder: Decoder, model: Model, rows: int, columns: int, gain: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Section "Hyper-latents": z, the channels ``h``, the effective gain index E by position."""
+    down, across = math.ceil(rows / 2), math.ceil(columns / 2)
+    classes = np.empty((model.z_channels, down, across), np.int64)
+    classes[:] = model.z_classes[gain].astype(np.int64)[:, None, None]
+    z = coder.symbols(model, classes, 127, None)
+    plane = np.full((1, 2 * down, 2 * across), gain, np.int64)
+    outputs = run_graph(model.graphs["hyper"], {"z": z, "plane": plane})
+    hyper = outputs["h"][:, :rows, :columns]
+    step = outputs["step"][0, :rows, :columns]
+    return z, hyper, np.clip(gain + step, 0, 255)
+
+
+# ------------------------------------------------------------------------------------------- Pixels
+
+
+def synthesise(
+    model: Model, v: np.ndarray, context: np.ndarray, effective: np.ndarray
+) -> np.ndarray:
+    """Section "Pixels": samples (16 R, 16 C, 3), before 128 is added."""
+    rows, columns = effective.shape
+    step = 2.0 ** (6 - effective / 32)
+    y = v * (model.inverse_gain.astype(np.float64) / 16)[:, None, None] * step
+    block = np.tensordot(y, model.basis.astype(np.float64), axes=(0, 0))  # rows, columns, 768
+    block += model.mean.astype(np.float64)
+    last = np.maximum(effective, 1)[None]
+    outputs = run_graph(model.graphs["chain"], {"context": np.concatenate([context + 128, last])})
+    (correction,) = outputs.values()
+    require(correction.shape == (rows, columns, 768), "shape of correction")
+    block += correction * step[..., None] / 64
+    block = block.reshape(rows, columns, 16, 16, 3)
+    return block.transpose(0, 2, 1, 3, 4).reshape(16 * rows, 16 * columns, 3)
+
+
+# ------------------------------------------------------------------------------------ Symbol tables
+
+
+def read_symbol(coder: Decoder, model: Model, symbol_class: int) -> int:
+    """Section "Symbol tables": one symbol of a class of at least 1."""
+    tables = len(model.table_radii)
+    raw = 0 if symbol_class <= tables else math.ceil((symbol_class - tables) / 8)
+    table = symbol_class - 8 * raw - 1
+    radius = int(model.table_radii[table])
+    index = coder.table_symbol(model.table_cdf[table][: 2 * radius + 3])
+    if index <= 2 * radius:
+        top = index - radius
+    else:
+        n = coder.raw(5)
+        require(n <= 20, "escape beyond range")
+        magnitude = radius + 2**n + coder.raw(n)
+        top = -magnitude if coder.raw(1) else magnitude
+    low = coder.raw(raw)
+    return top * 2**raw + low - 2**raw // 2
+
+
+# --------------------------------------------------------------------------------------------- rANS
+
+
+class Decoder:
+    """Section "rANS": the steps of a payload."""
+
+    def __init__(self, payload: bytes, lanes: int) -> None:
+        require(len(payload) >= 4 * lanes, "payload shorter than its states")
+        require(len(payload) % 2 == 0, "odd number of bytes")
+        self.states = list(struct.unpack(f"<{lanes}I", payload[: 4 * lanes]))
+        require(min(self.states) >= 2**16, "initial state")
+        rest = payload[4 * lanes :]
+        self.words = struct.unpack(f"<{len(rest) // 2}H", rest)
+        self.word = 0
+        self.step = 0
+
+    def symbols(
+        self, model: Model, classes: np.ndarray, limit: int, cell: Cell | None
+    ) -> np.ndarray:
+        """Section "Learned payload": the symbols of one array in array order.
+
+        ``cell`` is what is known of the cell so far, None for its hyper-latents. It does not
+        matter here; tools/make_conformance.py puts in an object that chooses symbols by it.
+        """
+        q = np.zeros(classes.shape, np.int64)
+        flat = q.reshape(-1)
+        for i, symbol_class in enumerate(classes.reshape(-1).tolist()):
+            require(0 <= symbol_class <= 127, "class")
+            if symbol_class:
+                value = read_symbol(self, model, symbol_class)
+                require(abs(value) <= limit, "symbol beyond its limit")
+                flat[i] = value
+        return q
+
+    def advance(self, start: int, frequency: int) -> None:
+        lane = self.step % len(self.states)
+        x = self.states[lane]
+        x = frequency * (x // 2**14) + x % 2**14 - start
+        if x < 2**16:
+            require(self.word < len(self.words), "words end early")
+            x = x * 2**16 + self.words[self.word]
+            self.word += 1
+        self.states[lane] = x
+        self.step += 1
+
+    def slot(self) -> int:
+        return self.states[self.step % len(self.states)] % 2**14
+
+    def table_symbol(self, cumulative: list[int]) -> int:
+        slot = self.slot()
+        index = 0
+        while slot >= cumulative[index + 1]:
+            index += 1
+        self.advance(cumulative[index], cumulative[index + 1] - cumulative[index])
+        return index
+
+    def raw(self, bits: int) -> int:
+        """Section "Symbol tables", last paragraph: at most 14 bits at once."""
+        if bits == 0:
+            return 0
+        if bits > 14:
+            high = self.raw(bits - 14)
+            return high << 14 | self.raw(14)
+        value = self.slot() >> 14 - bits
+        self.advance(value << 14 - bits, 1 << 14 - bits)
+        return value
+
+    def end(self) -> None:
+        require(all(x == 2**16 for x in self.states), "a state is not 2^16 at the end")
+        require(self.word == len(self.words), "words are left")
+
+
+# --------------------------------------------------------------------------------------- Model file
+
+
+@dataclass
+class Model:
+    """Section "Model file": architecture and tensors by the document's names."""
+
+    groups: list[int]
+    mean_stages: int
+    context_channels: int
+    z_channels: int
+    hyper: int
+    table_radii: list[int]
+    table_cdf: list[list[int]]
+    z_classes: np.ndarray
+    mean_factor: np.ndarray
+    context_factor: np.ndarray
+    inverse_gain: np.ndarray
+    basis: np.ndarray
+    mean: np.ndarray
+    graphs: dict[str, onnx.ModelProto]
+
+
+def read_model(file: bytes) -> Model:
+    """Section "Model file"."""
+    require(len(file) <= 64 * 2**20, "size of the model file")
+    require(file[:4] == b"WSCM" and file[4] == 1 and file[5:8] == b"\0\0\0", "model magic")
+    (header_length,) = struct.unpack("<I", file[8:12])
+    require(header_length <= 65536, "header length")
+    header = json.loads(file[12 : 12 + header_length].decode("utf-8"))
+    require(header["kind"] == "decoder", "kind")
+    require(len(header["sections"]) <= 64, "number of sections")
+    tensors: dict[str, np.ndarray] = {}
+    graphs: dict[str, onnx.ModelProto] = {}
+    at = 12 + header_length
+    for section in header["sections"]:
+        name, size, kind = section["name"], section["bytes"], section["type"]
+        content = file[at : at + size]
+        require(len(content) == size, "section past the end")
+        require(name not in tensors and name not in graphs, "names are unique")
+        at += size
+        if kind == "onnx":
+            graphs[name] = onnx.load_from_string(content)
+        else:
+            little_endian = np.dtype(kind).newbyteorder("<")
+            tensors[name] = np.frombuffer(content, little_endian).reshape(section["shape"])
+    require(at == len(file), "bytes after the last section")
+
+    architecture = header["architecture"]
+    groups = architecture["groups"]
+    channels = sum(groups)
+    require(architecture["block"] == 16 and 1 <= len(groups) <= 15 and channels <= 768, "groups")
+    radii = tensors["table_radii"].tolist()
+    require(8 <= len(radii) <= 127 and all(1 <= r <= 126 for r in radii), "radii")
+    cdf = tensors["table_cdf"].tolist()
+    require(len(cdf) == len(radii), "tables")
+    for r, row in zip(radii, cdf, strict=True):
+        used = row[: 2 * r + 3]
+        require(used[0] == 0 and used[-1] == 16384, "table ends")
+        require(all(a < b for a, b in itertools.pairwise(used)), "table order")
+        require(all(value == 16384 for value in row[2 * r + 3 :]), "table padding")
+    require(tensors["z_classes"].shape == (256, architecture["z_channels"]), "z_classes")
+    require(tensors["basis"].shape == (channels, 768), "basis")
+    return Model(
+        groups=groups,
+        mean_stages=architecture["mean_stages"],
+        context_channels=architecture["context_channels"],
+        z_channels=architecture["z_channels"],
+        hyper=architecture["hyper"],
+        table_radii=radii,
+        table_cdf=cdf,
+        z_classes=tensors["z_classes"],
+        mean_factor=tensors["mean_factor"],
+        context_factor=tensors["context_factor"],
+        inverse_gain=tensors["inverse_gain"],
+        basis=tensors["basis"],
+        mean=tensors["mean"],
+        graphs=graphs,
+    )
+
+
+# --------------------------------------------------------------------------------- Integer networks
+
+
+@dataclass
+class Fixed:
+    """The exact numbers integer · 2^exponent; the exponent broadcasts over the integers."""
+
+    integer: np.ndarray
+    exponent: np.ndarray
+    limits: tuple[int, int] | None = None
+    """Range of the integer type of an initializer: what QuantizeLinear saturates to."""
+
+    def at(self, exponent: int) -> np.ndarray:
+        """The same numbers as integers · 2^exponent, for an exponent that is not larger."""
+        shift = self.exponent - exponent
+        require(bool(np.all(shift >= 0)), "exponent")
+        return self.integer << shift
+
+    def floor(self) -> np.ndarray:
+        up, down = np.maximum(self.exponent, 0), np.maximum(-self.exponent, 0)
+        return self.integer << up >> down
+
+    def rint(self) -> np.ndarray:
+        """Round half to even, in integers."""
+        down = np.maximum(-self.exponent, 0)
+        whole = self.floor()
+        rest = (self.integer << np.maximum(self.exponent, 0)) - (whole << down)
+        twice = 2 * rest
+        unit = np.int64(1) << down
+        return whole + ((twice > unit) | ((twice == unit) & (whole & 1 == 1)))
+
+
+def fixed(values: np.ndarray) -> Fixed:
+    """An initializer; floats become exact, they are dyadic numbers in every valid graph."""
+    if values.dtype.kind in "iu":
+        limits = np.iinfo(values.dtype)
+        return Fixed(values.astype(np.int64), np.int64(0), (int(limits.min), int(limits.max)))
+    values = values.astype(np.float64)
+    exponent = 0
+    while np.any(np.ldexp(values, -exponent) != np.rint(np.ldexp(values, -exponent))):
+        exponent -= 1
+        require(exponent >= -60, "not a dyadic number")
+    return Fixed(np.ldexp(values, -exponent).astype(np.int64), np.int64(exponent))
+
+
+def log2_exact(scale: np.ndarray) -> np.ndarray:
+    mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
+    require(bool(np.all(mantissa == 0.5)), "scales are powers of two")
+    return exponent.astype(np.int64) - 1
+
+
+def run_graph(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Section "Integer networks": every number of a graph, exactly.
+
+    Inputs and outputs here are without the batch axis that graphs have.
+    """
+    graph = model.graph
+    require({i.name for i in graph.input} == set(inputs), "names of the inputs")
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    values: dict[str, Fixed] = {name: fixed(array) for name, array in arrays.items()}
+    for name, array in inputs.items():
+        values[name] = Fixed(array[None].astype(np.int64), np.int64(0))
+    for node in graph.node:
+        require(node.domain in ("", "ai.onnx") and len(node.output) == 1, "node")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        operator = OPERATORS.get(node.op_type)
+        require(operator is not None, f"operator {node.op_type}")
+        arguments = [values[name] if name else None for name in node.input]
+        values[node.output[0]] = operator(attributes, *arguments)
+    results = {}
+    for output in graph.output:
+        value = values[output.name]
+        require(bool(np.all(value.exponent == 0)), "an output is not an integer")
+        results[output.name] = value.integer[0]
+    return results
+
+
+def op_conv(attributes: dict, x: Fixed, weight: Fixed, bias: Fixed | None = None) -> Fixed:
+    """Correlation with zero padding to the same size; one exponent to each channel's sums."""
+    require(attributes.get("group", 1) == 1, "group")
+    require(set(attributes.get("strides", [1])) == {1}, "strides")
+    require(set(attributes.get("dilations", [1])) == {1}, "dilations")
+    outputs, channels, kernel_rows, kernel_columns = weight.integer.shape
+    top, left = kernel_rows // 2, kernel_columns // 2
+    if "auto_pad" not in attributes or attributes["auto_pad"] == b"NOTSET":
+        require(list(attributes.get("pads", [0] * 4)) == [top, left, top, left], "padding")
+    x_exponent = int(np.max(x.exponent))
+    require(int(np.min(x.exponent)) == x_exponent, "one scale for all inputs of a convolution")
+    batch, x_channels, rows, columns = x.integer.shape
+    require(x_channels == channels, "channels")
+    padded = np.pad(x.integer, ((0, 0), (0, 0), (top, top), (left, left)))
+    total = np.zeros((batch, outputs, rows * columns), np.int64)
+    bound = np.zeros((batch, outputs, rows * columns), np.int64)
+    for i in range(kernel_rows):
+        for j in range(kernel_columns):
+            part = padded[:, :, i : i + rows, j : j + columns].reshape(batch, channels, -1)
+            total += weight.integer[:, :, i, j] @ part
+            bound += np.abs(weight.integer[:, :, i, j]) @ np.abs(part)
+    exponent = x_exponent + np.broadcast_to(weight.exponent, (outputs, 1, 1, 1)).reshape(-1)
+    if bias is not None:
+        shift = np.broadcast_to(bias.exponent, (outputs,)) - exponent
+        require(bool(np.all(shift >= 0)), "a bias finer than its sums")
+        aligned = bias.integer << shift
+        total += aligned[:, None]
+        bound += np.abs(aligned)[:, None]
+    require(int(bound.max(initial=0)) < 2**24, "a sum is not exact in float32")
+    return Fixed(total.reshape(batch, outputs, rows, columns), exponent[:, None, None])
+
+
+def op_mul(attributes: dict, x: Fixed, scale: Fixed) -> Fixed:
+    """Multiplication by powers of two moves the exponent and no bit of the integers."""
+    real = np.ldexp(scale.integer.astype(np.float64), scale.exponent)
+    return Fixed(x.integer, x.exponent + log2_exact(real))
+
+
+def op_round(attributes: dict, x: Fixed) -> Fixed:
+    return Fixed(x.rint(), np.int64(0))
+
+
+def op_floor(attributes: dict, x: Fixed) -> Fixed:
+    return Fixed(x.floor(), np.int64(0))
+
+
+def op_clip(attributes: dict, x: Fixed, low: Fixed, high: Fixed) -> Fixed:
+    require(bool(np.all(x.exponent == 0)), "Clip takes integers")
+    return Fixed(np.clip(x.integer, low.at(0), high.at(0)), np.int64(0))
+
+
+def op_abs(attributes: dict, x: Fixed) -> Fixed:
+    return Fixed(np.abs(x.integer), x.exponent)
+
+
+def op_concat(attributes: dict, *parts: Fixed) -> Fixed:
+    require(attributes["axis"] in (1, -3), "Concat of channels")
+    exponent = min(int(np.min(part.exponent)) for part in parts)
+    return Fixed(np.concatenate([part.at(exponent) for part in parts], axis=1), np.int64(exponent))
+
+
+def op_depth_to_space(attributes: dict, x: Fixed) -> Fixed:
+    require(attributes.get("mode") == b"CRD", "mode CRD")
+    size = attributes["blocksize"]
+    batch, channels, rows, columns = x.integer.shape
+    require(bool(np.all(x.exponent == 0)), "DepthToSpace takes integers")
+    parts = x.integer.reshape(batch, channels // size**2, size, size, rows, columns)
+    parts = parts.transpose(0, 1, 4, 2, 5, 3)
+    shape = batch, channels // size**2, rows * size, columns * size
+    return Fixed(parts.reshape(shape), np.int64(0))
+
+
+def op_cast(attributes: dict, x: Fixed) -> Fixed:
+    """All numbers here fit the types that they are cast to."""
+    return x
+
+
+def per_channel(values: np.ndarray, attributes: dict, rank: int) -> np.ndarray:
+    if values.ndim == 0 or values.size == 1:
+        return values.reshape(())
+    shape = [1] * rank
+    shape[attributes.get("axis", 1)] = values.size
+    return values.reshape(shape)
+
+
+def op_dequantize(attributes: dict, x: Fixed, scale: Fixed, zero: Fixed | None = None) -> Fixed:
+    real = np.ldexp(scale.integer.astype(np.float64), scale.exponent)
+    rank = x.integer.ndim
+    exponent = per_channel(log2_exact(real), attributes, rank)
+    offset = per_channel(zero.integer, attributes, rank) if zero is not None else 0
+    return Fixed(x.integer - offset, exponent)
+
+
+def op_quantize(attributes: dict, x: Fixed, scale: Fixed, zero: Fixed) -> Fixed:
+    """``rint``, then the zero point, then saturation to the zero point's type."""
+    real = np.ldexp(scale.integer.astype(np.float64), scale.exponent)
+    exponent = per_channel(log2_exact(real), attributes, x.integer.ndim)
+    offset = per_channel(zero.integer, attributes, x.integer.ndim)
+    low, high = zero.limits
+    levels = Fixed(x.integer, x.exponent - exponent).rint() + offset
+    return Fixed(np.clip(levels, low, high), np.int64(0))
+
+
+def op_transpose(attributes: dict, x: Fixed) -> Fixed:
+    require(np.ndim(x.exponent) == 0 or np.size(x.exponent) == 1, "Transpose takes one scale")
+    return Fixed(x.integer.transpose(attributes["perm"]), np.int64(np.max(x.exponent)))
+
+
+OPERATORS = {
+    "Conv": op_conv,
+    "Mul": op_mul,
+    "Round": op_round,
+    "Floor": op_floor,
+    "Clip": op_clip,
+    "Abs": op_abs,
+    "Concat": op_concat,
+    "DepthToSpace": op_depth_to_space,
+    "Cast": op_cast,
+    "DequantizeLinear": op_dequantize,
+    "QuantizeLinear": op_quantize,
+    "Transpose": op_transpose,
+}

@@ -1,0 +1,75 @@
+"""A file that appears under its name whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from wsicodec.errors import SlideError, WsicodecError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "the folder is not writable",
+    errno.EPERM: "the folder is not writable",
+    errno.EFBIG: "the file system takes no file of this size",
+}
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Open ``.<name>.<pid>.part`` beside the target; rename it to the target on success.
+
+    The bytes are on the disk (fsync) before the name changes. Whatever goes wrong, even a
+    KeyboardInterrupt, removes the part and leaves what was under the name before.
+
+    Raises SlideError, naming the target, for what the file system refuses.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        file = part.open("xb+")
+    except FileExistsError:
+        raise SlideError(f"{target}: {part.name} exists: is it being written already?") from None
+    except OSError as error:
+        raise _refused(target, error) from error
+    try:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            if target.exists() and not overwrite:
+                raise SlideError(f"{target}: was created by someone else meanwhile; left as it is")
+            part.replace(target)
+        except OSError as error:
+            if isinstance(error, WsicodecError):
+                raise
+            raise _refused(target, error) from error
+    except BaseException:
+        # closing flushes, which fails again on a full disk
+        with contextlib.suppress(OSError, ValueError):
+            file.close()
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+def _refused(target: Path, error: OSError) -> SlideError:
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return SlideError(f"{target}: cannot be written: {reason}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last through a power cut, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,224 @@
+"""Checks that a written file holds what it promises, tile by tile.
+
+wsicodec tiles carry a checksum. Standard codecs do not: of them this can say only that each tile is
+there, ends where its format ends, and decodes to its size.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wsicodec
+from wsicodec.convert.ordered import in_order
+from wsicodec.errors import FormatError, SlideError, VerifyError, WsicodecError
+from wsicodec.metrics import METRIC_ARGUMENTS, QualitySummary, TileQuality, psnr, ssim, summarise
+from wsicodec.settings import thread_budget
+from wsicodec.slide.reader import Level, SlideReader
+from wsicodec.slide.record import FileRecord
+
+MAX_FAILURES = 100
+"""Failures that a report lists; all are counted."""
+
+
+@dataclass(frozen=True)
+class TileFailure:
+    """A tile that is not as it should be. row, column: in the grid of the file's tiles."""
+
+    level: int
+    row: int
+    column: int
+    error: str
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "level": self.level,
+            "row": self.row,
+            "column": self.column,
+            "error": self.error,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check found.
+
+    tiles: checked, over all levels. failed: tiles with a fault; failures lists the first of them.
+    quality: per compared level, fidelity of its tiles to the source; empty without a source.
+    not_compared: levels that the source has no counterpart of, such as averaged ones.
+    """
+
+    path: Path
+    against: Path | None
+    tiles: int
+    failed: int
+    failures: tuple[TileFailure, ...]
+    quality: dict[int, QualitySummary]
+    overall: QualitySummary | None
+    not_compared: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every tile is as it should be."""
+        return not self.failed
+
+    def raise_if_failed(self) -> None:
+        """Raise VerifyError naming the first fault, if there is one."""
+        if self.failed:
+            raise VerifyError(f"{self.failed} of {self.tiles} tiles: {self.failures[0].reason}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "path": str(self.path),
+            "against": None if self.against is None else str(self.against),
+            "ok": self.ok,
+            "tiles": self.tiles,
+            "failed": self.failed,
+            "failures": [failure.as_dict() for failure in self.failures],
+            "quality": {str(level): summary.as_dict() for level, summary in self.quality.items()},
+            "overall": None if self.overall is None else self.overall.as_dict(),
+            "not_compared": list(self.not_compared),
+            "metrics": METRIC_ARGUMENTS,
+        }
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check every tile of a file: bytes, checksum where there is one, model, size, decoding.
+
+    against: a slide whose levels of the same size are compared tile by tile (PSNR, SSIM).
+    progress: called with (tiles done, tiles) in the calling thread.
+
+    Faults of tiles are in the report. Raises SlideError or UnsupportedError where a file cannot be
+    opened, and VerifyError where ``against`` is of another size, so not the source.
+    """
+    workers = thread_budget() if jobs is None else jobs
+    with SlideReader(path) as slide:
+        if against is None:
+            return _verify(slide, None, workers, progress)
+        with SlideReader(against) as source:
+            first, other = slide.levels[0], source.levels[0]
+            if (first.height, first.width) != (other.height, other.width):
+                raise VerifyError(
+                    f"{slide.path}: level 0 has {first.width} x {first.height} pixels, "
+                    f"{source.path} has {other.width} x {other.height}: not its source"
+                )
+            return _verify(slide, source, workers, progress)
+
+
+def _verify(
+    slide: SlideReader,
+    source: SlideReader | None,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> VerifyReport:
+    checker = _Checker(slide, source)
+    total = sum(level.rows * level.columns for level in slide.levels)
+    tasks = (
+        functools.partial(checker.check, level, row, column)
+        for level in slide.levels
+        for row in range(level.rows)
+        for column in range(level.columns)
+    )
+    failures: list[TileFailure] = []
+    failed = 0
+    tiles: dict[int, list[TileQuality]] = collections.defaultdict(list)
+    with ThreadPoolExecutor(workers, thread_name_prefix="wsicodec") as pool:
+        for done, outcome in enumerate(in_order(pool, tasks, 4 * workers), 1):
+            if isinstance(outcome, TileFailure):
+                failed += 1
+                if len(failures) < MAX_FAILURES:
+                    failures.append(outcome)
+            elif outcome is not None:
+                tiles[outcome.level].append(outcome)
+            if progress is not None:
+                progress(done, total)
+    quality = {level: summarise(measured) for level, measured in tiles.items()}
+    return VerifyReport(
+        path=slide.path,
+        against=None if source is None else source.path,
+        tiles=total,
+        failed=failed,
+        failures=tuple(failures),
+        quality={level: summary for level, summary in quality.items() if summary is not None},
+        overall=summarise([tile for measured in tiles.values() for tile in measured]),
+        not_compared=tuple(i for i, found in checker.counterparts.items() if found is None),
+    )
+
+
+_Outcome = TileFailure | TileQuality | None
+
+
+class _Checker:
+    """Checks single tiles of a file. counterparts: per level, the source's level of its size."""
+
+    def __init__(self, slide: SlideReader, source: SlideReader | None) -> None:
+        self._slide = slide
+        self._source = source
+        self.counterparts = {
+            level.index: _counterpart(level, source) for level in slide.levels if source is not None
+        }
+
+    def check(self, level: Level, row: int, column: int) -> _Outcome:
+        slide = self._slide
+        try:
+            if slide.info.record is not None:
+                _check_stream(slide.tile_bytes(level.index, row, column), slide.info.record, level)
+            pixels = slide.decode_tile(level.index, row, column)
+        except WsicodecError as error:
+            reason = str(error)
+            if not reason.startswith(str(slide.path)):
+                place = f"level {level.index}: tile at row {row}, column {column}"
+                reason = f"{slide.path}: {place}: {reason}"
+            return TileFailure(level.index, row, column, type(error).__name__, reason)
+        counterpart = self.counterparts.get(level.index)
+        if self._source is None or counterpart is None:
+            return None
+        y, x = row * level.tile_height, column * level.tile_width
+        # a fault of the source is not one of the file: it ends the check
+        original = self._source.read_region(counterpart, y, x, *pixels.shape[:2])
+        return TileQuality(level.index, y, x, psnr(original, pixels), ssim(original, pixels))
+
+
+def _counterpart(level: Level, source: SlideReader | None) -> int | None:
+    """Index of the source's level of the same size."""
+    for other in source.levels if source else ():
+        if (other.height, other.width) == (level.height, level.width):
+            return other.index
+    return None
+
+
+def _check_stream(data: bytes, record: FileRecord, level: Level) -> None:
+    """What decoding alone would not notice: a tile of another size, codec or model."""
+    if not data:
+        raise SlideError("tile has no bytes")
+    info = wsicodec.probe(data)
+    if (info.height, info.width) != (level.tile_height, level.tile_width):
+        raise FormatError(
+            f"tile is {info.width} x {info.height}, not {level.tile_width} x {level.tile_height}"
+        )
+    # a JPEG XL stream does not say whether it is lossless
+    written = "jpegxl" if record.codec == "lossless" else record.codec
+    if info.codec not in (written, record.codec):
+        raise FormatError(f"tile is coded as {info.codec}, the file says {record.codec}")
+    if info.model is not None and not any(
+        model.sha256.startswith(info.model) for model in record.models
+    ):
+        raise FormatError(
+            f"tile was coded with model {info.model}, which the file does not name "
+            f"({', '.join(model.sha256[:8] for model in record.models) or 'none'})"
+        )
