@@ -152,8 +152,12 @@ def jpegxl_codestream(stream: bytes) -> bytes:
 
 
 def jpeg_size(stream: bytes) -> tuple[int, int]:
-    """(rows, columns) of a JPEG stream, from its frame header (ISO 10918-1, B.2.2)."""
+    """(rows, columns) of a JPEG stream, from its frame header (ISO 10918-1, B.2.2).
+
+    Libraries fill up a stream that was cut: its end marker must be there.
+    """
     require(stream[:2] == b"\xff\xd8", "not a JPEG stream")
+    require(stream.rfind(b"\xff\xd9") > 0, "JPEG stream ends early")
     at = 2
     while at + 4 <= len(stream):
         require(stream[at] == 0xFF, "JPEG marker")
@@ -453,7 +457,7 @@ def read_model(file: bytes) -> Model:
     channels = sum(groups)
     require(architecture["block"] == 16 and 1 <= len(groups) <= 15 and channels <= 768, "groups")
     radii = tensors["table_radii"].tolist()
-    require(8 <= len(radii) <= 127 and all(1 <= r <= 126 for r in radii), "radii")
+    require(15 <= len(radii) <= 127 and all(1 <= r <= 126 for r in radii), "radii")
     cdf = tensors["table_cdf"].tolist()
     require(len(cdf) == len(radii), "tables")
     for r, row in zip(radii, cdf, strict=True):

@@ -76,7 +76,8 @@ def adaptive_steps(x: Tensor, strength: Tensor) -> Tensor:
     """z_0, (N, 1, H/32, W/32) whole numbers: finer steps where SSIM asks for them.
 
     SSIM counts an error of variance e within texture of variance v like ``e / (2 v + C2)``; the
-    best step grows with the root of that weight's inverse. x: RGB - 128. strength: (N,), 0 is uniform.
+    best step grows with the root of that weight's inverse. x: RGB - 128. strength: (N,), 0 is
+    uniform.
     """
     weights = torch.tensor((0.299, 0.587, 0.114), device=x.device).view(1, 3, 1, 1)
     luma = (x * weights).sum(1, keepdim=True)
@@ -264,7 +265,8 @@ class TileNetwork(nn.Module):
         strength: (N,) of the adaptive step.
 
         Returns the reconstruction (not clipped) and rates. In training mode hyper-latents' rates
-        see additive noise; symbols are those of a search, with straight-through gradients.
+        see additive noise; symbols are those of a search. Latents take their gradient from additive
+        noise (rate) and straight through the rounding (distortion).
         """
         n = self.settings
         stages = len(n.groups) if stages is None else stages
@@ -301,8 +303,14 @@ class TileNetwork(nn.Module):
             r = v - mu
             q = search_symbols(r, scale) * (index > 0.5)
             r_hat = straight_through(q, r)
-            b_q = gaussian_bits(r_hat, scale)
-            if not self.training:
+            b_q = gaussian_bits(q, scale)
+            if self.training:
+                # scales learn from the symbols that are coded, latents from a smooth surrogate
+                noisy = r + torch.rand_like(r) - 0.5
+                b_q = straight_through(b_q.detach(), gaussian_bits(noisy, scale.detach())) + (
+                    b_q - b_q.detach()
+                )
+            else:
                 b_q = b_q * (index > 0.5)
             bits = bits + b_q.sum((1, 2, 3))
             y_hat = (r_hat + mu) / gc

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -21,11 +22,9 @@ _COMMANDS = (convert, info, verify, export, models, doctor, demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code (see ``cli.common.Exit``)."""
     arguments = _parser().parse_args(argv)
-    if threading.current_thread() is threading.main_thread():
-        # a killed conversion must clean up after itself as an interrupted one does
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        code: int = arguments.run(arguments)
+        with _clean_termination():
+            code: int = arguments.run(arguments)
     except SettingsError as error:
         return _fail(arguments, error, Exit.USAGE)
     except VerifyError as error:
@@ -48,6 +47,19 @@ def _fail(arguments: argparse.Namespace, error: WsicodecError, code: Exit) -> in
     if arguments.json:
         print_json({"error": {"type": kind, "message": str(error)}})
     return code
+
+
+@contextlib.contextmanager
+def _clean_termination() -> Iterator[None]:
+    """A killed conversion cleans up after itself as an interrupted one does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _terminate(number: int, _: FrameType | None) -> NoReturn:

@@ -35,7 +35,7 @@ from wsicodec.metrics import (
 )
 from wsicodec.slide.ometiff import CodedLevel, SlideMetadata, write_slide
 from wsicodec.slide.reader import SlideReader
-from wsicodec.slide.record import FileRecord, ModelId
+from wsicodec.slide.record import AREA_AVERAGE, FROM_SOURCE, FileRecord, ModelId
 
 Image = npt.NDArray[np.uint8]
 
@@ -229,7 +229,7 @@ def _record(plan: ConvertPlan, model: ModelId | None) -> FileRecord:
         quality=None if settings.lossless else settings.quality,
         models=() if model is None else (model,),
         history=(*plan.source.history, *step),
-        levels=tuple("area average" if lv.source is None else "source" for lv in plan.levels),
+        levels=tuple(FROM_SOURCE if _read(level) else AREA_AVERAGE for level in plan.levels),
         options=dict(settings.options),
         metrics=METRIC_ARGUMENTS,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 from wsicodec.errors import FormatError, SettingsError, SlideError, UnsupportedError
@@ -113,11 +114,13 @@ def write_slide(
     }
     with tifffile.TiffWriter(file, bigtiff=True, ome=False) as writer:
         for index, level in enumerate(levels):
-            tiles = _counted(level, index)
+            counted = _counted(level, index)
+            first = next(counted)
+            # a chain has no close(): tifffile would close the generator at its last tile, before
+            # the code behind its last yield has run
+            tiles = itertools.chain([first], counted)
             settings = {**common, "tile": (level.tile_size, level.tile_size)}
             if codec == "jpeg":
-                first = next(tiles)
-                tiles = itertools.chain([first], tiles)
                 settings.update(_jpeg_tags(first))
             settings.update(_resolution(metadata, levels[0].width / level.width))
             if index == 0:
@@ -179,10 +182,17 @@ def _resolution(metadata: SlideMetadata, downsample: float) -> dict[str, Any]:
     mpp_y = metadata.mpp_y or metadata.mpp_x
     if mpp_x is None or mpp_y is None:
         return {}
+    per_centimetre = (1e4 / (mpp_x * downsample), 1e4 / (mpp_y * downsample))
     return {
-        "resolution": (1e4 / (mpp_x * downsample), 1e4 / (mpp_y * downsample)),
+        "resolution": tuple(_rational(value) for value in per_centimetre),
         "resolutionunit": "CENTIMETER",
     }
+
+
+def _rational(value: float) -> tuple[int, int]:
+    """The nearest fraction of two 32-bit integers; older tifffile rounds to 1e-6."""
+    limit = max(1, int((2**32 - 1) / max(value, 1)))
+    return Fraction(value).limit_denominator(limit).as_integer_ratio()
 
 
 def _counted(level: CodedLevel, index: int) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ TAG_RECORD = 60643
 TAG_MODEL = 60644
 RECORD_FORMAT = "wsicodec-file"
 RECORD_VERSION = 1
+FROM_SOURCE, AREA_AVERAGE = "source", "area average"
 MAX_RECORD_BYTES = 2**24
 
 
@@ -37,7 +38,7 @@ class FileRecord:
 
     codec: as in ``convert --codec``. quality: 1 ... 100, None for lossless.
     history: lossy codings that the pixels went through, oldest first, this one last.
-    levels: per level ``source`` or ``area average``: where its pixels came from.
+    levels: per level FROM_SOURCE or AREA_AVERAGE: where its pixels came from.
     metrics: arguments of the fidelity figures that belong to this file.
     """
 

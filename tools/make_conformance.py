@@ -1,0 +1,743 @@
+"""Makes the conformance vectors of format version 1: ``python -m tools.make_conformance``.
+
+Vectors say what every decoder must do for ever, so this refuses to overwrite any file: a vector
+that changes is a broken format, never a reason to run this again. To add vectors, add them here and
+run it; it writes those that are missing (``--check`` only lists them).
+
+    tests/conformance/tiny.wscm, tiny.encoder.wscm   a small frozen model, of no use for pictures
+    tests/conformance/decode/NAME.tile, NAME.png     must decode to these pixels, within tolerance
+    tests/conformance/decode/symbols.json            ... and to exactly these symbols
+    tests/conformance/encode/NAME.json               must encode to exactly these bytes
+    tests/conformance/refuse/NAME.tile, errors.json  must be refused, by these errors
+
+The tiles are written by a small encoder below, from docs/format.md like the second decoder in
+tests/second_decoder.py whose walk through a cell it borrows; wsicodec itself writes none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.export.builder import FLOAT, INT8, INT16, UINT8, GraphBuilder, grid
+from wsicodec.entropy.tables import tables_from_weights
+from wsicodec.models import container
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests" / "conformance"
+
+sys.path.insert(0, str(ROOT / "tests"))
+import second_decoder as second  # noqa: E402  (tests/ is no package)
+
+Array = np.ndarray[Any, Any]
+
+# ------------------------------------------------------------------------------------ tiny model
+
+GROUPS, CONTEXT, Z, HYPER, MIDDLE = (4, 8, 12), 12, 3, 8, 8
+TABLES = 24  # few, so that many classes have raw bits: up to 13
+SEED = 20261121
+
+
+def cosine_basis() -> tuple[Array, Array]:
+    """(basis (24, 768), deviation (24,)): cosines in an orthonormal luma-chroma space, the order
+    and the rough deviations of a transform of tissue, so that pictures are recognisable."""
+    n = np.arange(16)
+    waves = np.array([np.cos(np.pi * (n + 0.5) * k / 16) for k in range(16)])
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    colours = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
+    found = []
+    for c, loss in enumerate((1.0, 0.45, 0.25)):
+        for i in range(6):
+            for j in range(6):
+                deviation = 1100 * loss / (1 + i + j) ** 1.6
+                row = np.einsum("a,b,c->abc", waves[i], waves[j], colours[c])
+                found.append((deviation, row.reshape(-1)))
+    found.sort(key=lambda entry: -entry[0])
+    best = found[: sum(GROUPS)]
+    return np.array([row for _, row in best]), np.array([deviation for deviation, _ in best])
+
+
+def laplace_weights(symbol_class: int) -> Array:
+    scale = 2 ** ((symbol_class - 1) / 8 - 2.75)
+    radius = int(np.clip(np.ceil(4 * scale), 1, 64))
+    weights = np.exp(-np.abs(np.arange(-radius, radius + 1)) * np.sqrt(2) / scale)
+    return np.append(weights, 2e-3 * weights.sum())
+
+
+def random_layer(
+    rng: np.random.Generator, shape: tuple[int, int, int], peak: int, shift: Array, bias: float = 0
+) -> tuple[Array, Array, Array]:
+    """Integer weights within +-peak, a bias of ``bias`` output units and the rounding half."""
+    outputs, inputs, side = shape
+    weight = rng.integers(-peak, peak + 1, (outputs, inputs, side, side))
+    half = np.where(shift > 0, 2 ** np.maximum(shift - 1, 0), 0)
+    return weight, np.round(bias * 2.0**shift).astype(np.int64) + half, shift
+
+
+def hyper_graph(rng: np.random.Generator) -> bytes:
+    g = GraphBuilder("hyper")
+    shift = rng.integers(1, 4, 4 * HYPER)
+    x = g.integer_conv("z", random_layer(rng, (4 * HYPER, Z, 1), 60, shift, 100), (0, 255))
+    x = g.add("DepthToSpace", x, blocksize=2, mode="CRD")
+    x = g.add("Concat", x, "plane", axis=1)
+    shift = rng.integers(5, 9, HYPER)
+    g.integer_conv(x, random_layer(rng, (HYPER, HYPER + 1, 3), 25, shift, 90), (0, 255), output="h")
+    # another step at each of the four positions; shifts of 0 and more
+    weight = np.zeros((4, Z, 1, 1), np.int64)
+    weight[:, 0, 0, 0] = 5, 14, 25, -127
+    weight[:, 1, 0, 0] = 0, 1, -2, 40
+    shift = np.array([0, 0, 1, 5])
+    bias = np.array([0, -3, 1, 16])
+    step = g.integer_conv("z", (weight, bias, shift), (-48, 48))
+    step = g.add("DepthToSpace", step, blocksize=2, mode="CRD")
+    g.add("Cast", step, to=INT8, output="step")
+    return g.finish(
+        {"z": (FLOAT, grid(Z, "z_rows", "z_columns")), "plane": (FLOAT, grid(1))},
+        {"h": (FLOAT, grid(HYPER)), "step": (INT8, grid(1))},
+    )
+
+
+def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes:
+    """Classes follow deviation and gain, disturbed at random; means are random."""
+    size, seen = GROUPS[stage], min(sum(GROUPS[:stage]), CONTEXT)
+    g = GraphBuilder(f"stage{stage}")
+    inputs = {"h": (FLOAT, grid(HYPER)), "plane": (FLOAT, grid(1))}
+    parts = ["h"]
+    channels = HYPER + 1
+    if stage:
+        inputs["context"] = (FLOAT, grid(seen))
+        c = g.add("Abs", "context")
+        if stage == 1:  # signed and absolute, 3x3
+            c = g.add("Concat", "context", c, axis=1)
+            layer = random_layer(rng, (6, 2 * seen, 3), 30, rng.integers(4, 7, 6), 20)
+            c = g.integer_conv(c, layer, (0, 255))
+        else:  # absolute, 1x1 then 3x3
+            layer = random_layer(rng, (6, seen, 1), 60, rng.integers(3, 6, 6), 20)
+            c = g.integer_conv(c, layer, (0, 255))
+            layer = random_layer(rng, (6, 6, 3), 40, rng.integers(6, 9, 6), 60)
+            c = g.integer_conv(c, layer, (0, 255))
+        parts.append(c)
+        channels += 6
+    x = g.add("Concat", *parts, "plane", axis=1)
+    shift = rng.integers(6, 9, MIDDLE)
+    middle = g.integer_conv(x, random_layer(rng, (MIDDLE, channels, 1), 50, shift, 80), (0, 255))
+
+    # deviation in steps of gain 0, eight classes to the octave; 1/4 class to the gain index
+    shift = rng.integers(4, 7, size)
+    first = sum(GROUPS[:stage])
+    base = 1 + 8 * (np.log2(deviation[first : first + size] / 64) + 2.75)
+    weight, bias, _ = random_layer(rng, (size, MIDDLE + 1, 1), 2, shift)
+    weight[:, -1, 0, 0] = 2 ** (shift - 2)
+    bias += np.round(base * 2.0**shift).astype(np.int64)
+    x = g.add("Concat", middle, "plane", axis=1)
+    g.integer_conv(x, (weight, bias, shift), (0, 127), cast=UINT8, output="class")
+    outputs = {"class": (UINT8, grid(size))}
+    if stage < 2:
+        shift = rng.integers(7, 9, size)
+        shift[-1] = 3  # reaches the bounds
+        layer = random_layer(rng, (size, MIDDLE, 1), 40, shift)
+        layer[0][-1] = np.abs(layer[0][-1]) * (1 - 2 * stage)
+        g.integer_conv(middle, layer, (-1023, 1023), cast=INT16, output="mean")
+        outputs["mean"] = (INT16, grid(size))
+    return g.finish(inputs, outputs)
+
+
+def chain_graph(rng: np.random.Generator) -> bytes:
+    g = GraphBuilder("chain")
+
+    def layer(outputs: int, inputs: int, side: int, peak: int, row: Array) -> Any:
+        weight = rng.integers(-peak, peak + 1, (outputs, inputs, side, side))
+        return weight, rng.integers(-2000, 2001, outputs), row
+
+    zero, centre, signed = np.uint8(0), np.uint8(128), np.int8(0)
+    x = g.quantised_conv(
+        "context", layer(8, CONTEXT + 1, 3, 63, rng.integers(-9, -6, 8)), (-3, centre), (-3, zero)
+    )
+    x = g.quantised_conv(x, layer(8, 8, 1, 63, rng.integers(-7, -5, 8)), (-3, zero), (-4, zero))
+    samples = layer(768, 8, 1, 7, rng.integers(-7, -5, 768))
+    samples[0][5] = 63  # reaches the bounds
+    x = g.quantised_conv(x, samples, (-4, zero), (-2, signed))
+    g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
+    return g.finish(
+        {"context": (UINT8, grid(CONTEXT + 1))},
+        {"correction": (INT8, ["batch", "rows", "columns", 768])},
+    )
+
+
+def tiny_decoder() -> bytes:
+    """A decoder model that exercises every rule of the format; nobody trained it."""
+    rng = np.random.default_rng(SEED)
+    basis, deviation = cosine_basis()
+    gain = rng.uniform(0.7, 1.4, len(basis))
+    means = sum(GROUPS[:2])
+    tables = tables_from_weights([laplace_weights(c) for c in range(1, TABLES + 1)])
+    z_classes = np.empty((256, Z), np.uint8)
+    z_classes[:, 0] = 33
+    z_classes[:, 1] = np.clip(14 + np.arange(256) // 32, 1, 127)
+    z_classes[:, 2] = np.clip(np.arange(256) // 2, 1, 127)
+    graphs = {"hyper": hyper_graph(rng), "chain": chain_graph(rng)}
+    for stage in range(len(GROUPS)):
+        graphs[f"stage{stage}"] = stage_graph(rng, stage, deviation)
+    colour = np.array([208, 160, 196]) - 128
+    return container.pack(
+        {
+            "kind": "decoder",
+            "name": "tiny",
+            "licence": "BSD-3-Clause",
+            "kmac_per_pixel": 0.1,
+            "architecture": {
+                "block": 16,
+                "groups": list(GROUPS),
+                "mean_stages": 2,
+                "context_channels": CONTEXT,
+                "z_channels": Z,
+                "hyper": HYPER,
+            },
+        },
+        graphs,
+        {
+            "table_radii": tables.radii,
+            "table_cdf": tables.cdf,
+            "z_classes": z_classes,
+            "mean_factor": np.round(deviation[:means] * gain[:means] * 2**8).astype(np.int32),
+            "context_factor": np.round(2 ** (27 - 255 / 32) / (gain * deviation)[:CONTEXT]).astype(
+                np.int32
+            ),
+            "inverse_gain": (1 / gain).astype(np.float32),
+            "basis": basis.astype(np.float16),
+            "mean": np.tile(colour, 256).astype(np.float32),
+        },
+    )
+
+
+def tiny_encoder(decoder: bytes) -> bytes:
+    """An encoder model for it: a plain transform, hyper-latents from two averages."""
+    rng = np.random.default_rng(SEED + 1)
+    _, deviation = cosine_basis()
+    a = GraphBuilder("analysis")
+    scaled = a.add("Mul", "linear", a.constant(np.full((1, 1, 1, 1), 1e-4, np.float32), "scale"))
+    weight = a.constant((0.1 * rng.standard_normal((4, 4, 1, 1))).astype(np.float32), "w")
+    bias = a.constant(np.zeros(4, np.float32), "b")
+    a.add("Conv", scaled, weight, bias, kernel_shape=[1, 1], output="correction")
+    analysis = a.finish(
+        {"blocks": (FLOAT, grid(768)), "linear": (FLOAT, grid(4)), "plane": (FLOAT, grid(1))},
+        {"correction": (FLOAT, grid(4))},
+    )
+    h = GraphBuilder("hyper_analysis")
+    scale = (1 / deviation[:CONTEXT]).reshape(1, -1, 1, 1).astype(np.float32)
+    x = h.add("Concat", h.add("Mul", "y", h.constant(scale, "scale")), "plane", axis=1)
+    weight = np.zeros((Z - 1, CONTEXT + 1, 2, 2), np.float32)
+    weight[0, 0], weight[1, 1] = 1, 1
+    bias = h.constant(np.zeros(Z - 1, np.float32), "b")
+    w = h.constant(weight, "w")
+    h.add("Conv", x, w, bias, kernel_shape=[2, 2], strides=[2, 2], output="z")
+    hyper_analysis = h.finish(
+        {"y": (FLOAT, grid(CONTEXT)), "plane": (FLOAT, grid(1))},
+        {"z": (FLOAT, grid(Z - 1, "z_rows", "z_columns"))},
+    )
+    return container.pack(
+        {
+            "kind": "encoder",
+            "decoder": hashlib.sha256(decoder).hexdigest(),
+            "corrected": 4,
+            "step_strength": 0.5,
+            "lagrange": 6.0,
+        },
+        {"analysis": analysis, "hyper_analysis": hyper_analysis},
+        {
+            "colour_gram": np.eye(3, dtype=np.float32),
+            "quality_gain": np.round(np.linspace(8, 236, 100)).astype(np.uint8),
+            "stage_gain": np.array([0, 0, 40], np.uint8),
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def tissue(height: int, width: int, seed: int = 0) -> Array:
+    """(height, width, 3) uint8: something like tissue: pink fibres, purple nuclei, some noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(float)
+    angle = rng.uniform(0, np.pi)
+    fibres = np.sin((x * np.cos(angle) + y * np.sin(angle)) / 5 + np.sin(y / 17) * 2)
+    image = np.array([226.0, 170, 205]) + fibres[..., None] * [9, 16, 8]
+    for _ in range(2 + height * width // 500):
+        row, column = rng.uniform(0, height), rng.uniform(0, width)
+        a, b, turn = rng.uniform(4, 9), rng.uniform(3, 6), rng.uniform(0, np.pi)
+        u = (x - column) * np.cos(turn) + (y - row) * np.sin(turn)
+        v = (y - row) * np.cos(turn) - (x - column) * np.sin(turn)
+        inside = 1 / (1 + np.exp(np.clip(6 * ((u / a) ** 2 + (v / b) ** 2 - 1), -30, 30)))
+        image += inside[..., None] * (np.array([95, 55, 135]) - image)
+    image += rng.normal(0, 3, image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------ an encoder
+
+Step = tuple[int, int]
+
+
+def symbol_steps(q: int, symbol_class: int, model: second.Model) -> list[Step]:
+    """docs/format.md, "Symbol tables": the steps of one symbol."""
+    tables = len(model.table_radii)
+    b = 0 if symbol_class <= tables else -(-(symbol_class - tables) // 8)
+    t = symbol_class - 8 * b - 1
+    r, cdf = model.table_radii[t], model.table_cdf[t]
+    p = q + 2**b // 2
+    top, low = p >> b, p - (p >> b) * 2**b
+    index = top + r if abs(top) <= r else 2 * r + 1
+    steps = [(cdf[index], cdf[index + 1] - cdf[index])]
+    if abs(top) > r:
+        e = abs(top) - r
+        n = e.bit_length() - 1
+        steps += raw_steps(n, 5) + raw_steps(e - 2**n, n) + raw_steps(int(top < 0), 1)
+    return steps + raw_steps(low, b)
+
+
+def raw_steps(value: int, bits: int) -> list[Step]:
+    if bits > 14:
+        return raw_steps(value >> 14, bits - 14) + raw_steps(value & 2**14 - 1, 14)
+    return [(value << 14 - bits, 1 << 14 - bits)] if bits else []
+
+
+def encode_steps(steps: list[Step], lanes: int) -> bytes:
+    """docs/format.md, "rANS": backwards through the steps."""
+    states = [2**16] * lanes
+    words = []
+    for i in reversed(range(len(steps))):
+        start, frequency = steps[i]
+        x = states[i % lanes]
+        if x >= frequency * 2**18:
+            words.append(x % 2**16)
+            x //= 2**16
+        states[i % lanes] = x // frequency * 2**14 + x % frequency + start
+    words.reverse()
+    return struct.pack(f"<{lanes}I{len(words)}H", *states, *words)
+
+
+class Writer:
+    """Stands in for second_decoder.Decoder in the walk through a cell: chooses, then records."""
+
+    def __init__(self, choose: Callable[[Array, int, second.Cell | None], Array]) -> None:
+        self.choose = choose
+        self.symbols_of: list[Array] = []
+        self.steps: list[Step] = []
+
+    def symbols(
+        self, model: second.Model, classes: Array, limit: int, cell: second.Cell | None
+    ) -> Array:
+        q = np.where(classes == 0, 0, np.clip(self.choose(classes, limit, cell), -limit, limit))
+        self.symbols_of.append(q)
+        for value, symbol_class in zip(q.reshape(-1), classes.reshape(-1), strict=True):
+            if symbol_class:
+                self.steps += symbol_steps(int(value), int(symbol_class), model)
+        return q
+
+
+def random_symbols(seed: int) -> Callable[[Array, int, second.Cell | None], Array]:
+    """Symbols spread as their classes say, with some far out, to both bounds."""
+    rng = np.random.default_rng(seed)
+
+    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+        scale = 2.0 ** ((classes - 1) / 8 - 2.75)
+        q = np.rint(rng.laplace(0, scale / np.sqrt(2)))
+        far = rng.random(classes.shape)
+        q = np.where(far < 0.01, np.rint(rng.normal(0, 30 * scale + 40)), q)
+        q = np.where(far > 0.998, limit * rng.choice([-1, 1], classes.shape), q)
+        return np.asarray(np.clip(q, -limit, limit).astype(np.int64))
+
+    return choose
+
+
+def picture_symbols(
+    image: Array, model: second.Model, seed: int
+) -> Callable[[Array, int, second.Cell | None], Array]:
+    """Nearest symbols of one cell's picture, under random hyper-latents."""
+    rng = np.random.default_rng(seed)
+    rows, columns = -(-image.shape[0] // 16), -(-image.shape[1] // 16)
+    pad = ((0, 16 * rows - image.shape[0]), (0, 16 * columns - image.shape[1]), (0, 0))
+    blocks = np.pad(image, pad, mode="edge").reshape(rows, 16, columns, 16, 3)
+    blocks = blocks.transpose(0, 2, 1, 3, 4).reshape(rows, columns, 768) - 128.0 - model.mean
+    y = np.einsum("ijs,cs->cij", blocks, model.basis.astype(np.float64))
+
+    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+        if cell is None:
+            return rng.integers(-3, 4, classes.shape)
+        first = sum(len(q) for q in cell.q)
+        step = 2.0 ** (6 - cell.effective / 32)
+        q = np.empty(classes.shape, np.int64)
+        for i in range(len(q)):
+            v = 16 * y[first + i] / model.inverse_gain[first + i] / step
+            if (mean := cell.means[-1]) is not None:
+                v = v - second.mean_of_channel(model, first + i, mean[i], cell.effective)
+            q[i] = np.rint(v / 16)
+        return q
+
+    return choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A learned tile to write. picture: seed of ``tissue``, or None for random symbols."""
+
+    height: int
+    width: int
+    gain: int
+    stages: int = 3
+    lanes: int = 4
+    picture: int | None = None
+    seed: int = 0
+
+    def steps(self, file: bytes) -> list[Step]:
+        model = second.read_model(file)
+        image = None if self.picture is None else tissue(self.height, self.width, self.picture)
+        steps = []
+        for top in range(0, self.height, 512):
+            for left in range(0, self.width, 512):
+                h, w = min(512, self.height - top), min(512, self.width - left)
+                seed = 1000 * self.seed + top + left
+                choose = random_symbols(seed)
+                if image is not None:
+                    choose = picture_symbols(image[top : top + h, left : left + w], model, seed)
+                writer = Writer(choose)
+                second.decode_cell(writer, model, (h, w), self.gain, self.stages)
+                steps += writer.steps
+        return steps
+
+    def tile(self, file: bytes, payload: bytes | None = None, **header: Any) -> bytes:
+        """The tile's bytes, with another payload or other header fields where given."""
+        if payload is None:
+            payload = encode_steps(self.steps(file), self.lanes)
+        digest = header.pop("digest", hashlib.sha256(file).digest()[:4])
+        packed = header.pop("packed", self.stages | self.lanes.bit_length() - 1 << 4)
+        body = digest + bytes([self.gain, packed]) + payload
+        return tile(1, self.height, self.width, body, **header)
+
+
+def tile(mode: int, height: int, width: int, body: bytes, **fields: Any) -> bytes:
+    """docs/format.md, "Tile"; ``fields``: magic, version, length, crc, tail."""
+    head = struct.pack(
+        "<4sBBHHI", fields.get("magic", b"WSC\x1a"), fields.get("version", 1), mode, height, width,
+        fields.get("length", len(body)),
+    )  # fmt: skip
+    crc = fields.get("crc", zlib.crc32(body, zlib.crc32(head)))
+    return head + struct.pack("<I", crc) + body + fields.get("tail", b"")
+
+
+# ------------------------------------------------------------------------------------ vectors
+
+
+def foreign(name: str, image: Array) -> bytes:
+    """A stream of a codec that a tile may hold."""
+    import imagecodecs
+
+    image = np.ascontiguousarray(image)
+    if name == "jpegxl":
+        return bytes(imagecodecs.jpegxl_encode(image, distance=1.0, effort=5))
+    if name == "jpegxl-container":
+        return bytes(imagecodecs.jpegxl_encode(image, distance=1.0, effort=5, usecontainer=True))
+    if name == "jpeg":
+        subsampling = "444" if image.ndim == 3 else None
+        return bytes(imagecodecs.jpeg8_encode(image, level=85, subsampling=subsampling))
+    if name == "jpeg-420":
+        return bytes(imagecodecs.jpeg8_encode(image, level=85, subsampling="420", optimize=True))
+    if name == "jpeg2000":
+        return bytes(
+            imagecodecs.jpeg2k_encode(
+                image, level=40, reversible=False, mct=True, codecformat="j2k"
+            )
+        )
+    return bytes(imagecodecs.jpegxl_encode(image, lossless=True, effort=5))
+
+
+FOREIGN_MODES = {
+    "jpegxl": 2, "jpegxl-container": 2, "jpeg": 3, "jpeg-420": 3, "jpeg2000": 4, "lossless": 5
+}  # fmt: skip
+
+LEARNED = {
+    "learned-1x1-gain90": Learned(1, 1, 90, picture=1),
+    "learned-1x1-gain0-lanes32": Learned(1, 1, 0, lanes=32, seed=1),
+    "learned-16x16-gain0-stages1-lanes1": Learned(16, 16, 0, 1, 1, seed=2),
+    "learned-16x16-gain255-lanes32": Learned(16, 16, 255, 3, 32, seed=3),
+    "learned-17x31-gain90-stages2-lanes2": Learned(17, 31, 90, 2, 2, picture=4),
+    "learned-31x17-gain1-stages3-lanes8": Learned(31, 17, 1, 3, 8, seed=5),
+    "learned-64x48-gain90": Learned(64, 48, 90, picture=6),
+    "learned-64x48-gain180-lanes16": Learned(64, 48, 180, 3, 16, picture=6),
+    "learned-64x48-gain0": Learned(64, 48, 0, 3, 4, picture=7),
+    "learned-64x48-gain255-lanes1": Learned(64, 48, 255, 3, 1, picture=8),
+    "learned-64x48-gain128-stages1": Learned(64, 48, 128, 1, 4, picture=9),
+    "learned-513x16-gain90": Learned(513, 16, 90, 3, 4, picture=10),
+    "learned-16x513-gain120-lanes2": Learned(16, 513, 120, 2, 2, picture=11),
+    "learned-48x48-gain128-random": Learned(48, 48, 128, seed=12),
+    "learned-96x80-gain250-random": Learned(96, 80, 250, 3, 2, seed=13),
+    "learned-80x96-gain6-random": Learned(80, 96, 6, 3, 32, seed=14),
+    "learned-64x64-gain60-random": Learned(64, 64, 60, seed=15),
+}
+
+
+def decode_vectors(file: bytes) -> dict[str, bytes]:
+    tiles = {
+        "constant-1x1": tile(0, 1, 1, bytes([1, 2, 3])),
+        "constant-64x48": tile(0, 48, 64, bytes([243, 238, 245])),  # the document's example
+    }
+    for name, mode in FOREIGN_MODES.items():
+        tiles[f"{name}-17x31"] = tile(mode, 17, 31, foreign(name, tissue(17, 31, 20 + mode)))
+    tiles["lossless-1x1"] = tile(5, 1, 1, foreign("lossless", tissue(1, 1, 30)))
+    for name, learned in LEARNED.items():
+        tiles[name] = learned.tile(file)
+    return tiles
+
+
+def encode_vectors(file: bytes) -> dict[str, Any]:
+    """JSON documents. kind coder: symbols under classes of the tiny model's tables to a payload;
+    kind tile: header fields and a payload to a tile."""
+    model = second.read_model(file)
+    rng = np.random.default_rng(SEED + 2)
+    vectors: dict[str, Any] = {}
+
+    def coder(name: str, q: list[int], classes: list[int], lanes: int) -> None:
+        steps = [s for a, c in zip(q, classes, strict=True) if c for s in symbol_steps(a, c, model)]
+        payload = encode_steps(steps, lanes).hex()
+        fields = {"lanes": lanes, "classes": classes, "symbols": q, "payload": payload}
+        vectors[name] = {"kind": "coder", **fields}
+
+    coder("coder-empty-lanes4", [], [], 4)
+    coder("coder-class0-lanes1", [0] * 5, [0] * 5, 1)
+    for lanes in (1, 2, 4, 32):
+        classes = rng.integers(0, 128, 60)
+        scale = np.where(classes > 0, 2.0 ** ((classes - 1) / 8 - 2.75), 0)
+        q = np.rint(rng.laplace(0, scale / np.sqrt(2) + 1e-12)).astype(int)
+        coder(f"coder-all-classes-lanes{lanes}", q.tolist(), classes.tolist(), lanes)
+    far = [2**20, -(2**20), 2**20 - 1, 2**14, -(2**15) - 7, 4, -4, 3, -3, 2, -2]
+    coder("coder-escapes-lanes4", far, [1, 1, 5, 9, 2, 1, 1, 1, 1, 1, 1], 4)
+    coder("coder-escapes-raw-bits-lanes2", far, [30, 127, 90, 25, 40, 32, 33, 127, 120, 60, 61], 2)
+
+    def packed(name: str, data: bytes, payload: bytes, learned: Learned | None = None) -> None:
+        height, width = struct.unpack("<HH", data[6:10])
+        fields: dict[str, Any] = {"mode": data[5], "height": height, "width": width}
+        if learned is not None:
+            fields["learned"] = {
+                "model": data[18:22].hex(),
+                "gain": learned.gain,
+                "stages": learned.stages,
+                "lanes_log2": learned.lanes.bit_length() - 1,
+            }
+        vectors[name] = {"kind": "tile", **fields, "payload": payload.hex(), "tile": data.hex()}
+
+    packed("tile-constant", tile(0, 48, 64, bytes([243, 238, 245])), bytes([243, 238, 245]))
+    payload = bytes(range(40))
+    learned = Learned(4096, 1, 255, 15, 32)
+    packed("tile-learned", learned.tile(file, payload), payload, learned)
+    packed("tile-jpeg", tile(3, 1, 4096, payload), payload)
+    return vectors
+
+
+def bare(model: second.Model, gain: int, values: list[int], classes: list[int]) -> list[Step]:
+    """Steps of a 1 x 1 tile's hyper-latents and whatever follows, chosen freely."""
+    z_classes = model.z_classes[gain].tolist()
+    pairs = zip(values, [*z_classes, *classes], strict=True)
+    return [s for q, c in pairs if c for s in symbol_steps(q, c, model)]
+
+
+def stage_classes(model: second.Model, gain: int, z: list[int]) -> list[int]:
+    """Classes of stage 0 in a 1 x 1 tile of these hyper-latents."""
+
+    class Stop(Exception):
+        pass
+
+    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+        if cell is None:
+            return np.array(z).reshape(classes.shape)
+        raise Stop(classes.reshape(-1).tolist())
+
+    try:
+        second.decode_cell(Writer(choose), model, (1, 1), gain, 1)
+    except Stop as stop:
+        found: list[int] = stop.args[0]
+        return found
+    raise AssertionError
+
+
+def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
+    """Name to (error class, bytes). Every checksum is right unless the checksum is the fault."""
+    model = second.read_model(file)
+    colour = bytes([9, 8, 7])
+    good = tile(0, 3, 5, colour)
+    learned = Learned(16, 16, 90, picture=1)
+    steps = learned.steps(file)
+    payload = encode_steps(steps, 4)
+    image = tissue(17, 31, 40)
+    jxl, jpeg, j2k = (foreign(n, image) for n in ("lossless", "jpeg", "jpeg2000"))
+    one = Learned(1, 1, 90, 1, 4)  # three hyper-latents, four symbols
+    deep = Learned(1, 1, 255, 1, 4)
+
+    def crafted(base: Learned, values: list[int]) -> bytes:
+        classes = stage_classes(model, base.gain, values[:3]) if len(values) > 3 else []
+        steps = bare(model, base.gain, values, classes)
+        return base.tile(file, encode_steps(steps, base.lanes))
+
+    def escape(n: int, base: Learned) -> bytes:
+        """The first symbol's escape says n bits."""
+        t = int(model.z_classes[base.gain][0])
+        b = 0 if t <= TABLES else -(-(t - TABLES) // 8)
+        t -= 8 * b + 1
+        r = model.table_radii[t]
+        start = model.table_cdf[t][2 * r + 1]
+        first = [(start, model.table_cdf[t][2 * r + 2] - start), *raw_steps(n, 5)]
+        rest = raw_steps(0, min(n, 20)) + raw_steps(0, 1) + raw_steps(0, b)
+        return base.tile(file, encode_steps([*first, *rest, *[(0, 2**13)] * 40], base.lanes))
+
+    states = struct.pack("<4I", 2**16 - 1, *[2**16] * 3)
+    unfinished = bytearray(payload)
+    unfinished[0] ^= 1
+    truncated, form, limit = "TruncatedError", "FormatError", "LimitError"
+    unsupported, checksum, unknown = "UnsupportedError", "ChecksumError", "UnknownModelError"
+    other = tile(0, 3, 5, colour, crc=zlib.crc32(colour, zlib.crc32(good[:14])) ^ 0x80000000)
+    return {
+        "empty": (truncated, b""),
+        "magic-cut": (truncated, good[:3]),
+        "magic-damaged-by-text-transfer": (form, tile(0, 3, 5, colour, magic=b"WSC\x1b")),
+        "header-cut": (truncated, good[:17]),
+        "version-0": (unsupported, tile(0, 3, 5, colour, version=0)),
+        "version-2": (unsupported, tile(0, 3, 5, colour, version=2)),
+        "mode-6": (form, tile(6, 3, 5, colour)),
+        "mode-9": (form, tile(9, 3, 5, colour)),
+        "height-0": (limit, tile(0, 0, 5, colour)),
+        "width-0": (limit, tile(0, 3, 0, colour)),
+        "height-4097": (limit, tile(0, 4097, 5, colour)),
+        "width-65535": (limit, tile(0, 3, 65535, colour)),
+        "length-beyond-2-28": (limit, tile(0, 3, 5, colour, length=2**28 + 1)),
+        "length-promises-more": (truncated, tile(0, 3, 5, colour, length=4)),
+        "truncated": (truncated, good[:-1]),
+        "trailing-byte": (form, tile(0, 3, 5, colour, tail=b"\0")),
+        "crc-damaged": (checksum, other),
+        "crc-of-other-size": (checksum, good[:6] + b"\x04\0" + good[8:]),
+        "constant-length-2": (form, tile(0, 3, 5, colour[:2])),
+        "constant-length-4": (form, tile(0, 3, 5, colour + b"\0")),
+        "learned-header-cut": (form, tile(1, 16, 16, hashlib.sha256(file).digest()[:4] + b"\x5a")),
+        "reserved-bit": (unsupported, learned.tile(file, payload, packed=0x80 | 0x23)),
+        "stages-0": (form, learned.tile(file, payload, packed=0x20)),
+        "stages-beyond-model": (form, learned.tile(file, payload, packed=0x24)),
+        "lanes-64": (form, learned.tile(file, payload, packed=0x63)),
+        "unknown-model": (unknown, learned.tile(file, payload, digest=b"\0\1\2\3")),
+        "states-cut": (truncated, learned.tile(file, payload[:14])),
+        "no-payload": (truncated, learned.tile(file, b"")),
+        "odd-bytes": (form, learned.tile(file, payload + b"\0")),
+        "state-below-range": (form, learned.tile(file, states + payload[16:])),
+        "words-end-early": (truncated, learned.tile(file, payload[:-2])),
+        "trailing-word": (form, learned.tile(file, payload + b"\0\0")),
+        "symbols-end-early": (form, learned.tile(file, encode_steps([*steps, (0, 2**13)], 4))),
+        "stages-fewer-than-coded": (form, learned.tile(file, payload, packed=0x22)),
+        "lanes-other-than-coded": (form, learned.tile(file, payload, packed=0x13)),
+        "escape-of-21-bits": (form, escape(21, one)),
+        "escape-of-31-bits": (form, escape(31, one)),
+        "hyper-latent-128": (form, crafted(one, [128, 0, 0, 0, 0, 0, 0])),
+        "hyper-latent-minus-128": (form, crafted(one, [0, 0, -128, 0, 0, 0, 0])),
+        "symbol-beyond-range": (form, crafted(one, [0, 0, 0, 2**20 + 1, 0, 0, 0])),
+        "symbol-beyond-range-negative": (form, crafted(deep, [0, 0, 0, 0, -(2**20) - 1, 0, 0])),
+        # 2^32 + 1: in 32-bit arithmetic it would pass for 1
+        "symbol-wraps-32-bits": (form, crafted(deep, [0, 0, 0, 2**32 + 1, 0, 0, 0])),
+        "lossless-other-size": (form, tile(5, 31, 17, jxl)),
+        "jpegxl-other-size": (form, tile(2, 17, 32, jxl)),
+        "jpeg-other-size": (form, tile(3, 16, 31, jpeg)),
+        "jpeg2000-other-size": (form, tile(4, 17, 30, j2k)),
+        "lossless-empty": (form, tile(5, 17, 31, b"")),
+        "jpegxl-holds-jpeg": (form, tile(2, 17, 31, jpeg)),
+        "jpeg-holds-jpegxl": (form, tile(3, 17, 31, jxl)),
+        "jpeg2000-holds-jpeg": (form, tile(4, 17, 31, jpeg)),
+        "lossless-cut": (truncated, tile(5, 17, 31, jxl[:-20])),
+        "jpeg-cut": (truncated, tile(3, 17, 31, jpeg[:-20])),
+        "jpeg2000-cut": (truncated, tile(4, 17, 31, j2k[:-20])),
+        "lossless-grey": (unsupported, tile(5, 17, 31, foreign("lossless", image[..., 0]))),
+        "lossless-16-bit": (
+            unsupported,
+            tile(5, 17, 31, foreign("lossless", image.astype(np.uint16) * 257)),
+        ),
+        "jpeg-grey": (unsupported, tile(3, 17, 31, foreign("jpeg", image[..., 0]))),
+    }
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+INDICES = ("symbols.json", "errors.json")
+
+
+def symbols_digest(cells: list[second.Cell]) -> str:
+    """SHA-256 of all symbols of a tile in coding order, as int32, little-endian."""
+    digest = hashlib.sha256()
+    for cell in cells:
+        for array in (cell.z, *cell.q):
+            digest.update(array.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def index(path: Path, entries: dict[str, str]) -> bytes:
+    """A JSON object with one entry to the line: those that the file has, and new ones."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    document = {**entries, **kept}
+    rows = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(document.items())]
+    return ("{\n" + ",\n".join(rows) + "\n}\n").encode()
+
+
+def all_files() -> dict[Path, bytes]:
+    """Every file by path. Existing models are read, never made anew: tiles depend on them."""
+    import imagecodecs
+
+    path = FOLDER / "tiny.wscm"
+    file = path.read_bytes() if path.exists() else tiny_decoder()
+    path = FOLDER / "tiny.encoder.wscm"
+    encoder = path.read_bytes() if path.exists() else tiny_encoder(file)
+    files = {FOLDER / "tiny.wscm": file, FOLDER / "tiny.encoder.wscm": encoder}
+    symbols = {}
+    for name, data in decode_vectors(file).items():
+        decoded = second.decode(data, [file])
+        files[FOLDER / "decode" / f"{name}.tile"] = data
+        files[FOLDER / "decode" / f"{name}.png"] = imagecodecs.png_encode(decoded.pixels)
+        if decoded.mode == "learned":
+            symbols[name] = symbols_digest(decoded.cells)
+    for name, vector in encode_vectors(file).items():
+        files[FOLDER / "encode" / f"{name}.json"] = (json.dumps(vector) + "\n").encode()
+    refused = refuse_vectors(file)
+    for name, (_, data) in refused.items():
+        files[FOLDER / "refuse" / f"{name}.tile"] = data
+    for path, entries in (
+        (FOLDER / "decode" / "symbols.json", symbols),
+        (FOLDER / "refuse" / "errors.json", {n: error for n, (error, _) in refused.items()}),
+    ):
+        files[path] = index(path, entries)
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="list missing files, write none")
+    arguments = parser.parse_args()
+    missing = {
+        path: data
+        for path, data in all_files().items()
+        # an index only ever grows
+        if not path.exists() or (path.name in INDICES and path.read_bytes() != data)
+    }
+    for path, data in missing.items():
+        print(path.relative_to(ROOT), len(data))
+        if not arguments.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb" if path.name in INDICES else "xb") as target:
+                target.write(data)
+    return int(arguments.check and bool(missing))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
