@@ -193,7 +193,7 @@ def decode_learned(rest: bytes, height: int, width: int, models: list[bytes]) ->
     found = [file for file in models if hashlib.sha256(file).digest()[:4] == digest]
     require(bool(found), "no such model")
     model = read_model(found[0])
-    require(1 <= stages <= len(model.groups), "stages")
+    require(1 <= stages <= len(model.stages), "stages")
 
     coder = Decoder(rest[6:], 1 << log_lanes)
     cells = []
@@ -233,19 +233,18 @@ def decode_cell(
     cell = Cell(z, effective)
 
     # section "Stages"
-    channels = sum(model.groups)
-    v = np.zeros((channels, rows, columns), np.int64)
+    v = np.zeros((len(model.basis), rows, columns), np.int64)
     context = np.zeros((model.context_channels, rows, columns), np.int64)
-    first = 0
-    for stage in range(stages):
-        count = model.groups[stage]
+    before = 0
+    for k, (first, count, lattice) in enumerate(model.stages[:stages]):
         inputs = {"h": hyper, "plane": effective[None]}
-        if stage > 0:
-            inputs["context"] = context[: min(first, model.context_channels)]
-        outputs = run_graph(model.graphs[f"stage{stage}"], inputs)
-        classes = outputs["class"]
+        if k > 0:
+            inputs["context"] = context[: min(before, model.context_channels)]
+        outputs = run_graph(model.graphs[f"stage{k}"], inputs)
+        here = on_lattice(lattice, rows, columns)
+        classes = outputs["class"] * here
         require(classes.shape == (count, rows, columns), "shape of class")
-        mean = outputs["mean"] if stage < model.mean_stages else None
+        mean = outputs["mean"] if k < model.mean_stages else None
         cell.classes.append(classes)
         cell.means.append(mean)
         q = coder.symbols(model, classes, 2**20, cell)
@@ -253,17 +252,31 @@ def decode_cell(
 
         for i in range(count):
             c = first + i
-            v[c] = 16 * q[i]
+            value = 16 * q[i]
             if mean is not None:
-                v[c] += mean_of_channel(model, c, mean[i], effective)
+                value = value + mean_of_channel(model, c, mean[i], effective)
+            v[c] = np.where(here, value, v[c])
             if c < model.context_channels:
                 mirrored = 255 - effective
                 t = 35 - (mirrored >> 5)
                 product = v[c] * int(model.context_factor[c]) * OCTAVE[mirrored & 31]
-                context[c] = np.clip((product + (1 << t - 1)) >> t, -127, 127)
+                x = np.clip((product + (1 << t - 1)) >> t, -127, 127)
+                context[c] = np.where(here, x, context[c])
 
-        first += count
+        before = first + count
     return cell, synthesise(model, v, context, effective)[:h, :w]
+
+
+def on_lattice(lattice: int, rows: int, columns: int) -> np.ndarray:
+    """Section "Learned payload": which positions a lattice has."""
+    odd_row, odd_column = np.indices((rows, columns)) % 2
+    if lattice == 0:
+        return np.ones((rows, columns), bool)
+    if lattice == 1:
+        return (odd_row == 0) & (odd_column == 0)
+    if lattice == 2:
+        return (odd_row == 1) & (odd_column == 1)
+    return odd_row != odd_column
 
 
 def mean_of_channel(
@@ -411,7 +424,7 @@ class Decoder:
 class Model:
     """Section "Model file": architecture and tensors by the document's names."""
 
-    groups: list[int]
+    stages: list[list[int]]
     mean_stages: int
     context_channels: int
     z_channels: int
@@ -453,9 +466,9 @@ def read_model(file: bytes) -> Model:
     require(at == len(file), "bytes after the last section")
 
     architecture = header["architecture"]
-    groups = architecture["groups"]
-    channels = sum(groups)
-    require(architecture["block"] == 16 and 1 <= len(groups) <= 15 and channels <= 768, "groups")
+    stages = architecture["stages"]
+    channels = check_stages(stages)
+    require(architecture["block"] == 16, "block")
     radii = tensors["table_radii"].tolist()
     require(15 <= len(radii) <= 127 and all(1 <= r <= 126 for r in radii), "radii")
     cdf = tensors["table_cdf"].tolist()
@@ -468,7 +481,7 @@ def read_model(file: bytes) -> Model:
     require(tensors["z_classes"].shape == (256, architecture["z_channels"]), "z_classes")
     require(tensors["basis"].shape == (channels, 768), "basis")
     return Model(
-        groups=groups,
+        stages=stages,
         mean_stages=architecture["mean_stages"],
         context_channels=architecture["context_channels"],
         z_channels=architecture["z_channels"],
@@ -483,6 +496,21 @@ def read_model(file: bytes) -> Model:
         mean=tensors["mean"],
         graphs=graphs,
     )
+
+
+def check_stages(stages: list[list[int]]) -> int:
+    """Section "Model file", key ``stages``: channels run on without gap. Returns their number."""
+    require(1 <= len(stages) <= 15, "number of stages")
+    channels = 0
+    rest = list(stages)
+    while rest:
+        first, count, lattice = rest[0]
+        wanted = [[first, count, i] for i in ((1, 2, 3) if lattice else (0,))]
+        require(first == channels and count >= 1 and rest[: len(wanted)] == wanted, "stages")
+        channels += count
+        del rest[: len(wanted)]
+    require(channels <= 768, "number of channels")
+    return channels
 
 
 # --------------------------------------------------------------------------------- Integer networks

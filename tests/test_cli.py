@@ -130,10 +130,11 @@ class TestConvert:
             (None, [], "SlideError"),
             (b"", [], "SlideError"),
             (b"no slide", [], "SlideError"),
+            (CMU.read_bytes()[:4000], [], "SlideError"),
             (..., ["--codec", "copy"], "UnsupportedError"),
             (..., ["--model", "none-such"], "UnknownModelError"),
         ],
-        ids=["missing", "empty", "no slide", "copy", "unknown model"],
+        ids=["missing", "empty", "no slide", "cut", "copy", "unknown model"],
     )
     def test_failures(
         self,

@@ -364,6 +364,13 @@ class TestTarget:
         with pytest.raises(SlideError, match="is a folder"):
             convert(svs, tmp_path, ConvertSettings(codec="jpeg", overwrite=True))
 
+    def test_being_written_already(self, svs: Path, tmp_path: Path) -> None:
+        part = tmp_path / f".a.ome.tiff.{os.getpid()}.part"
+        part.write_bytes(b"another thread's")
+        with pytest.raises(SlideError, match="being written"):
+            convert(svs, tmp_path / "a.ome.tiff", ConvertSettings(codec="jpeg"))
+        assert part.read_bytes() == b"another thread's"
+
     def test_created_meanwhile(self, svs: Path, tmp_path: Path) -> None:
         target = tmp_path / "a.ome.tiff"
 
@@ -631,6 +638,19 @@ class TestVerify:
         report = verify(target)
         assert report.failed
         assert "does not name" in report.failures[0].reason
+
+    def test_model_that_is_not_installed(
+        self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """That is no fault of the tiles."""
+        convert(svs, tmp_path / "a.ome.tiff", ConvertSettings(quality=30))
+
+        def missing(_: bytes) -> None:
+            raise UnknownModelError("not installed")
+
+        monkeypatch.setattr("wsicodec.codec.learned.decoder_of_prefix", missing)
+        with pytest.raises(UnknownModelError, match="level 0: tile at row 0"):
+            verify(tmp_path / "a.ome.tiff")
 
     def test_a_scanners_own_file(self) -> None:
         report = verify(CMU)

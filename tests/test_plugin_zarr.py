@@ -214,7 +214,7 @@ class TestRefusals:
             "too wide",
         ],
     )
-    def test_when_the_array_is_made(  # noqa: PLR0917 - one row of the table above
+    def test_when_the_array_is_made(
         self,
         array: np.ndarray,
         chunks: tuple[int, ...],

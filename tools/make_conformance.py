@@ -43,7 +43,10 @@ Array = np.ndarray[Any, Any]
 
 # ------------------------------------------------------------------------------------ tiny model
 
-GROUPS, CONTEXT, Z, HYPER, MIDDLE = (4, 8, 12), 12, 3, 8, 8
+STAGES = (  # first channel, channels, lattice; lattices within the context and beyond it
+    (0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 8, 0), (12, 6, 1), (12, 6, 2), (12, 6, 3), (18, 6, 0),
+)  # fmt: skip
+CHANNELS, MEAN_STAGES, CONTEXT, Z, HYPER, MIDDLE = 24, 4, 12, 3, 8, 8
 TABLES = 24  # few, so that many classes have raw bits: up to 13
 SEED = 20261121
 
@@ -63,7 +66,7 @@ def cosine_basis() -> tuple[Array, Array]:
                 row = np.einsum("a,b,c->abc", waves[i], waves[j], colours[c])
                 found.append((deviation, row.reshape(-1)))
     found.sort(key=lambda entry: -entry[0])
-    best = found[: sum(GROUPS)]
+    best = found[:CHANNELS]
     return np.array([row for _, row in best]), np.array([deviation for deviation, _ in best])
 
 
@@ -109,7 +112,8 @@ def hyper_graph(rng: np.random.Generator) -> bytes:
 
 def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes:
     """Classes follow deviation and gain, disturbed at random; means are random."""
-    size, seen = GROUPS[stage], min(sum(GROUPS[:stage]), CONTEXT)
+    first, size, _ = STAGES[stage]
+    seen = min(max((a + n for a, n, _ in STAGES[:stage]), default=0), CONTEXT)
     g = GraphBuilder(f"stage{stage}")
     inputs = {"h": (FLOAT, grid(HYPER)), "plane": (FLOAT, grid(1))}
     parts = ["h"]
@@ -117,7 +121,7 @@ def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes
     if stage:
         inputs["context"] = (FLOAT, grid(seen))
         c = g.add("Abs", "context")
-        if stage == 1:  # signed and absolute, 3x3
+        if stage < MEAN_STAGES:  # signed and absolute, 3x3
             c = g.add("Concat", "context", c, axis=1)
             layer = random_layer(rng, (6, 2 * seen, 3), 30, rng.integers(4, 7, 6), 20)
             c = g.integer_conv(c, layer, (0, 255))
@@ -134,7 +138,6 @@ def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes
 
     # deviation in steps of gain 0, eight classes to the octave; 1/4 class to the gain index
     shift = rng.integers(4, 7, size)
-    first = sum(GROUPS[:stage])
     base = 1 + 8 * (np.log2(deviation[first : first + size] / 64) + 2.75)
     weight, bias, _ = random_layer(rng, (size, MIDDLE + 1, 1), 2, shift)
     weight[:, -1, 0, 0] = 2 ** (shift - 2)
@@ -142,11 +145,11 @@ def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes
     x = g.add("Concat", middle, "plane", axis=1)
     g.integer_conv(x, (weight, bias, shift), (0, 127), cast=UINT8, output="class")
     outputs = {"class": (UINT8, grid(size))}
-    if stage < 2:
+    if stage < MEAN_STAGES:
         shift = rng.integers(7, 9, size)
         shift[-1] = 3  # reaches the bounds
         layer = random_layer(rng, (size, MIDDLE, 1), 40, shift)
-        layer[0][-1] = np.abs(layer[0][-1]) * (1 - 2 * stage)
+        layer[0][-1] = np.abs(layer[0][-1]) * (-1) ** stage
         g.integer_conv(middle, layer, (-1023, 1023), cast=INT16, output="mean")
         outputs["mean"] = (INT16, grid(size))
     return g.finish(inputs, outputs)
@@ -179,14 +182,14 @@ def tiny_decoder() -> bytes:
     rng = np.random.default_rng(SEED)
     basis, deviation = cosine_basis()
     gain = rng.uniform(0.7, 1.4, len(basis))
-    means = sum(GROUPS[:2])
+    means = max(first + count for first, count, _ in STAGES[:MEAN_STAGES])
     tables = tables_from_weights([laplace_weights(c) for c in range(1, TABLES + 1)])
     z_classes = np.empty((256, Z), np.uint8)
     z_classes[:, 0] = 33
     z_classes[:, 1] = np.clip(14 + np.arange(256) // 32, 1, 127)
     z_classes[:, 2] = np.clip(np.arange(256) // 2, 1, 127)
     graphs = {"hyper": hyper_graph(rng), "chain": chain_graph(rng)}
-    for stage in range(len(GROUPS)):
+    for stage in range(len(STAGES)):
         graphs[f"stage{stage}"] = stage_graph(rng, stage, deviation)
     colour = np.array([208, 160, 196]) - 128
     return container.pack(
@@ -197,8 +200,8 @@ def tiny_decoder() -> bytes:
             "kmac_per_pixel": 0.1,
             "architecture": {
                 "block": 16,
-                "groups": list(GROUPS),
-                "mean_stages": 2,
+                "stages": [list(stage) for stage in STAGES],
+                "mean_stages": MEAN_STAGES,
                 "context_channels": CONTEXT,
                 "z_channels": Z,
                 "hyper": HYPER,
@@ -257,7 +260,7 @@ def tiny_encoder(decoder: bytes) -> bytes:
         {
             "colour_gram": np.eye(3, dtype=np.float32),
             "quality_gain": np.round(np.linspace(8, 236, 100)).astype(np.uint8),
-            "stage_gain": np.array([0, 0, 40], np.uint8),
+            "stage_gain": np.array([0, 0, 0, 0, 0, 0, 0, 40], np.uint8),
         },
     )
 
@@ -374,7 +377,7 @@ def picture_symbols(
     def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
         if cell is None:
             return rng.integers(-3, 4, classes.shape)
-        first = sum(len(q) for q in cell.q)
+        first = model.stages[len(cell.q)][0]
         step = 2.0 ** (6 - cell.effective / 32)
         q = np.empty(classes.shape, np.int64)
         for i in range(len(q)):
@@ -394,7 +397,7 @@ class Learned:
     height: int
     width: int
     gain: int
-    stages: int = 3
+    stages: int = len(STAGES)
     lanes: int = 4
     picture: int | None = None
     seed: int = 0

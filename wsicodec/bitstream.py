@@ -82,6 +82,8 @@ class Tile:
         """The tile's bytes."""
         if (self.mode is Mode.LEARNED) != (self.learned is not None):
             raise FormatError("a learned header belongs to learned tiles alone")
+        if self.mode is Mode.CONSTANT and len(self.payload) != 3:
+            raise FormatError(f"constant tile has {len(self.payload)} bytes of colour, not 3")
         for side in (self.height, self.width):
             if not 1 <= side <= MAX_SIDE:
                 raise LimitError(f"tile side {side} is not within 1 ... {MAX_SIDE}")

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     for gain in (40, 90, 180):
         tile = encode_tile(image, decoder, encoder, gain, nearest)
         ours = decode_tile(tile, decoder).astype(int)
-        stages = len(net.settings.groups) - (gain < LAST_STAGE_GAIN)
+        stages = len(net.settings.stages) - (gain < LAST_STAGE_GAIN)
         with torch.no_grad():
             x = torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32)) - 128
             x_hat, rate = net(

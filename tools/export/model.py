@@ -66,7 +66,7 @@ def decoder_file(
     order = graphs.raster_order(n.block)
     gain = np.exp(net.log_gain.detach().double().numpy())
     deviation = net.deviation.double().numpy()
-    means = sum(n.groups[: n.mean_groups])
+    means = n.channels_of(n.mean_stages)
     contexts = n.context_channels
     # docs/format.md: mean factor d k 2^8, context factor 2^(7 - 255/32 + 20) / (k d)
     mean_factor = np.round(deviation[:means] * gain[:means] * 2**8)
@@ -76,8 +76,8 @@ def decoder_file(
         "kind": "decoder",
         "architecture": {
             "block": n.block,
-            "groups": list(n.groups),
-            "mean_stages": n.mean_groups,
+            "stages": [list(stage) for stage in n.stages],
+            "mean_stages": n.mean_stages,
             "context_channels": contexts,
             "z_channels": n.z_channels,
             "hyper": n.hyper,
@@ -124,7 +124,7 @@ def encoder_file(
         basis.reshape(-1, 3, samples).transpose(2, 0, 1).reshape(-1, 3),
         rcond=None,
     )[0]
-    stage_gain = np.zeros(len(n.groups), np.uint8)
+    stage_gain = np.zeros(len(n.stages), np.uint8)
     stage_gain[-1] = last_stage_gain
     head = {
         "kind": "encoder",

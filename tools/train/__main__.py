@@ -100,7 +100,7 @@ class Run:
             gain = torch.from_numpy(rng.integers(a, b + 1, s.batch)).float().to(self.device)
             x = torch.from_numpy(sampler.batch(s.batch)).to(self.device).float() - 128
             x = x.contiguous(memory_format=torch.channels_last)
-            stages = len(self.net.settings.groups) - (1 if low else 0)
+            stages = len(self.net.settings.stages) - (1 if low else 0)
             strength = torch.from_numpy(rng.uniform(*s.strength, s.batch)).float().to(self.device)
             x_hat, rate = self.net(x, gain, strength, stages)
             d, mse, ssim = distortion(x, x_hat, s.ssim_weight * strength)
@@ -160,7 +160,8 @@ def train(arguments: argparse.Namespace) -> None:
         run.net.start_from_klt(*block_klt(sampler, network.block, settings.chroma_weight))
         if arguments.start_from:
             state = torch.load(arguments.start_from, map_location="cpu", weights_only=True)
-            run.start_from(state["average"])
+            old = "groups" in state["network"]
+            run.start_from(without_lattices(state["average"]) if old else state["average"])
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {device}, step {run.step}")
@@ -188,6 +189,17 @@ def train(arguments: argparse.Namespace) -> None:
                 save(out, run.state())
                 saved = run.elapsed
     save(out, run.state())
+
+
+def without_lattices(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a network without lattices under the names of one whose first stage has three."""
+    names = {0: (0, 1, 2), 1: (3,), 2: (4,), 3: (5,), 4: (6,)}
+    renamed = {k: v for k, v in weights.items() if not k.startswith("stages.")}
+    for key, value in weights.items():
+        if key.startswith("stages."):
+            _, index, rest = key.split(".", 2)
+            renamed |= {f"stages.{i}.{rest}": value for i in names[int(index)]}
+    return renamed
 
 
 def bar(share: float, width: int = 20) -> str:

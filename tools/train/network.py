@@ -2,7 +2,7 @@
 
     x -> g_a -> y --gain(E)--> v -> round(v - mu) -> q        E = clip(G + 4 z_0, 0, 255)
                y -> h_a -> z -> h_s -> h                       z_0: adaptive step, from x
-    stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(groups) - 1
+    stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(stages) - 1
     x_hat    = linear(y_hat) + step(E) * chain(context(y_hat), E)
 
 Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
@@ -102,15 +102,28 @@ class ResidualBlock(nn.Module):
         return x + self.b(F.relu(self.a(x)))
 
 
+def lattice_mask(lattice: int, rows: int, columns: int) -> Tensor:
+    """(1, 1, rows, columns): 1 on the positions of a lattice."""
+    row, column = torch.arange(rows).view(-1, 1) % 2, torch.arange(columns).view(1, -1) % 2
+    kinds = (
+        torch.ones(rows, columns, dtype=torch.bool),
+        (row == 0) & (column == 0),
+        (row == 1) & (column == 1),
+        row != column,
+    )
+    return kinds[lattice].float()[None, None]
+
+
 class Stage(nn.Module):
-    """Parameters (scale class, and mean for the leading stages) of one channel group."""
+    """Parameters (scale class, and mean for the leading stages) of channels on a lattice."""
 
     def __init__(self, n: NetworkSettings, index: int) -> None:
         super().__init__()
-        before = sum(n.groups[:index])
-        self.index, self.before, self.size = index, before, n.groups[index]
-        self.has_mean = index < n.mean_groups
-        signed = index < n.mean_groups
+        before = n.channels_of(index)
+        self.index = index
+        self.first, self.size, self.lattice = n.stages[index]
+        self.has_mean = index < n.mean_stages
+        signed = index < n.mean_stages
         self.signed = signed
         self.reduce: IntegerConv | None = None
         self.context: IntegerConv | None = None
@@ -180,7 +193,7 @@ class TileNetwork(nn.Module):
             n.z_channels, 4 * n.hyper, 1, in_exponent=Z_EXPONENT, in_peak=127
         )
         self.h_s = IntegerConv(n.hyper + 1, n.hyper, 3)
-        self.stages = nn.ModuleList(Stage(n, i) for i in range(len(n.groups)))
+        self.stages = nn.ModuleList(Stage(n, i) for i in range(len(n.stages)))
 
         layers = []
         for i in range(n.chain_layers):
@@ -223,7 +236,7 @@ class TileNetwork(nn.Module):
         deviation = torch.from_numpy(np.sqrt(np.maximum(variance[:c], 0.25))).float()
         self.deviation.copy_(deviation)
         for stage in self.stages:
-            d = deviation[stage.before : stage.before + stage.size]
+            d = deviation[stage.first : stage.first + stage.size]
             # class index / 8 = log2(sigma) + 2.875, sigma = 0.7 * deviation * exp(-0.5) * gain(E);
             # the plane carries E / 32, so its weight is exactly one octave per unit
             stage.scale.weight[:, -1].fill_(1.0)
@@ -269,7 +282,7 @@ class TileNetwork(nn.Module):
         noise (rate) and straight through the rounding (distortion).
         """
         n = self.settings
-        stages = len(n.groups) if stages is None else stages
+        stages = len(n.stages) if stages is None else stages
         y = self.analyse(x, gain)
         lh, lw = y.shape[-2:]
         constant = (gain / 32).view(-1, 1, 1, 1)
@@ -286,11 +299,12 @@ class TileNetwork(nn.Module):
         effective = (gain.view(-1, 1, 1, 1) + steps).clamp(0, 255)
         plane = effective / 32
         g = gain_of(effective)
-        contexts: list[Tensor] = []
-        decoded: list[Tensor] = []
+        # decoded so far, by first channel: latents and their contexts
+        decoded: dict[int, Tensor] = {}
+        contexts: dict[int, Tensor] = {}
         for stage in self.stages[:stages]:
-            a, b = stage.before, stage.before + stage.size
-            context = torch.cat(contexts, 1) if contexts else None
+            a, b = stage.first, stage.first + stage.size
+            context = torch.cat(list(contexts.values()), 1) if contexts else None
             index, mean = stage(h, plane, context)
             scale = scale_of(index)
             gc = g * torch.exp(self.log_gain[a:b]).view(1, -1, 1, 1)
@@ -312,15 +326,20 @@ class TileNetwork(nn.Module):
                 )
             else:
                 b_q = b_q * (index > 0.5)
+            if stage.lattice:
+                mask = lattice_mask(stage.lattice, *y.shape[-2:]).to(y.device)
+                b_q = b_q * mask
             bits = bits + b_q.sum((1, 2, 3))
             y_hat = (r_hat + mu) / gc
-            decoded.append(y_hat)
+            if stage.lattice:
+                y_hat = y_hat * mask
+            decoded[a] = decoded[a] + y_hat if a in decoded else y_hat
             if a < n.context_channels:
-                contexts.append(self.context_of(y_hat, a))
-        y_hat = torch.cat(decoded, 1)
+                contexts[a] = self.context_of(decoded[a], a)
+        y_hat = torch.cat(list(decoded.values()), 1)
         pixels = F.conv2d(y_hat, self.inverse[:, : y_hat.shape[1], None, None], self.mean)
         chain_plane = (plane - 4).clamp(-127 / 32, 127 / 32)
-        correction = self.chain_out(self.chain(torch.cat([*contexts, chain_plane], 1)))
+        correction = self.chain_out(self.chain(torch.cat([*contexts.values(), chain_plane], 1)))
         pixels = pixels + correction / g
         area = x.shape[-1] * x.shape[-2]
         return F.pixel_shuffle(pixels, n.block), Rates(bits / area, hyper_bits / area)
@@ -328,7 +347,7 @@ class TileNetwork(nn.Module):
     def kmac_per_pixel(self, stages: int | None = None) -> dict[str, float]:
         """Multiply-accumulates per pixel in thousands, by part of the decoder."""
         n = self.settings
-        stages = len(n.groups) if stages is None else stages
+        stages = len(n.stages) if stages is None else stages
         per_position = lambda m: m.weight.numel() if m is not None else 0  # noqa: E731
         entropy = per_position(self.h_s_expand) / 4 + per_position(self.h_s)
         for s in self.stages[:stages]:
@@ -336,6 +355,6 @@ class TileNetwork(nn.Module):
                 per_position(m) for m in (s.reduce, s.context, s.middle, s.scale, s.mean)
             )
         chain = sum(per_position(m) for m in (*self.chain, self.chain_out))
-        linear = sum(n.groups[:stages]) * 3 * n.block**2
+        linear = n.channels_of(stages) * 3 * n.block**2
         area = n.block**2 * 1000
         return {"entropy": entropy / area, "chain": chain / area, "linear": linear / area}

@@ -11,8 +11,9 @@ class NetworkSettings:
     """Shape of the codec network. Channel counts are latents unless said otherwise.
 
     block: side of the KLT block in pixels; one latent position covers ``block x block`` pixels.
-    groups: latent channels per stage, in KLT order; they sum to at most ``3 * block**2``.
-    mean_groups: stages below this index predict a mean, the others a scale alone.
+    stages: (first channel, channels, lattice) in coding order, channels in KLT order. Lattices:
+        0 all positions, 1 even rows and columns, 2 odd rows and columns, 3 the rest.
+    mean_stages: stages below this index predict a mean, the others a scale alone.
     context_channels: leading latents that later stages and the correction chain see.
     z_channels: hyper-latents, one per 2x2 latent positions.
     hyper, context, middle: widths of the integer entropy networks.
@@ -22,8 +23,16 @@ class NetworkSettings:
     """
 
     block: int = 16
-    groups: tuple[int, ...] = (16, 48, 128, 256, 320)
-    mean_groups: int = 3
+    stages: tuple[tuple[int, int, int], ...] = (
+        (0, 16, 1),
+        (0, 16, 2),
+        (0, 16, 3),
+        (16, 48, 0),
+        (64, 128, 0),
+        (192, 256, 0),
+        (448, 320, 0),
+    )
+    mean_stages: int = 5
     context_channels: int = 192
     z_channels: int = 32
     hyper: int = 64
@@ -37,7 +46,11 @@ class NetworkSettings:
 
     @property
     def latent_channels(self) -> int:
-        return sum(self.groups)
+        return self.channels_of(len(self.stages))
+
+    def channels_of(self, stages: int) -> int:
+        """Channels that the first ``stages`` stages code."""
+        return max((first + count for first, count, _ in self.stages[:stages]), default=0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +61,8 @@ class NetworkSettings:
         unknown = set(values) - known
         if unknown:
             raise ValueError(f"unknown network settings: {sorted(unknown)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        stages = tuple((int(a), int(b), int(c)) for a, b, c in values["stages"])
+        return cls(**{**values, "stages": stages})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ _COMMANDS = (convert, info, verify, export, models, doctor, demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code (see ``cli.common.Exit``)."""
     arguments = _parser().parse_args(argv)
+    # tifffile logs what it finds odd; what matters becomes the one line of an error of ours
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     try:
         with _clean_termination():
             code: int = arguments.run(arguments)

@@ -15,6 +15,8 @@ from wsicodec.cli.common import (
     quality_text,
 )
 
+_SHOWN = 10  # damaged tiles that people are shown; --json lists more
+
 
 def add(commands: Subparsers) -> None:
     """Declare the command."""
@@ -46,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report.as_dict())
         return Exit.OK if report.ok else Exit.UNVERIFIED
-    for failure in report.failures:
+    for failure in report.failures[:_SHOWN]:
         print(f"wsicodec: {failure.error}: {failure.reason}", file=sys.stderr)
-    if report.failed > len(report.failures):
-        print(f"wsicodec: and {report.failed - len(report.failures)} more", file=sys.stderr)
+    if report.failed > _SHOWN:
+        print(f"wsicodec: and {report.failed - _SHOWN} more", file=sys.stderr)
     verdict = "all good" if report.ok else f"{report.failed} of them damaged"
     print(f"{report.path}: {report.tiles} tiles, {verdict}")
     for level, summary in report.quality.items():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.kernel import compiled
 from wsicodec.errors import FormatError
-from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel
+from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel, lattice_mask
 
 CELL = 512
 BLOCK = 16
@@ -50,9 +50,20 @@ STEPS = steps_of_gains()
 
 @compiled
 def _dequantise(
-    symbols, means, gains, octave, mean_factor, context_factor, inverse_gain, steps, y, context
+    symbols,
+    means,
+    lattice,
+    gains,
+    octave,
+    mean_factor,
+    context_factor,
+    inverse_gain,
+    steps,
+    y,
+    context,
 ):
-    """Symbols of one stage to latents ``y`` (channels, positions) and context integers.
+    """Symbols of one stage to latents ``y`` (channels, positions) and context integers, on the
+    positions of its lattice.
 
     Integers: v = 16 q + mean, in sixteenths of a step. Returns False for a symbol out of range.
     """
@@ -62,6 +73,8 @@ def _dequantise(
     for c in range(channels):
         scale = inverse_gain[c] * np.float32(1 / 16)
         for p in range(positions):
+            if not lattice[p]:
+                continue
             q = np.int64(symbols[c, p])
             if q > SYMBOL_PEAK or q < -SYMBOL_PEAK:
                 return False
@@ -92,13 +105,14 @@ def _quantise(
 ):  # fmt: skip
     """Symbols of latents ``y`` (channels, positions), 0 in class 0.
 
-    Takes the nearest symbol, or one nearer to zero where that saves more bits than ``lagrange``
-    times the squared error that it adds (in steps); ``lagrange`` infinite: always the nearest.
+    Takes the nearest symbol, or one nearer to zero where that saves more bits than the channel's
+    ``lagrange`` times the squared error that it adds (in steps); infinite: always the nearest.
     """
     channels, positions = y.shape
     with_mean = means.shape[0] > 0
     for c in range(channels):
         gain = np.float32(1) / inverse_gain[c]
+        worth = lagrange[c]
         for p in range(positions):
             k = classes[c, p]
             if k == 0:
@@ -116,10 +130,10 @@ def _quantise(
             r = np.int64(radii[t])
             if q != 0 and class_raw[k] == 0 and abs(q) <= r:
                 best = q
-                cost = bits[t, q + r] + lagrange * (v - q) * (v - q)
+                cost = bits[t, q + r] + worth * (v - q) * (v - q)
                 for _ in range(2):
                     q += -1 if q > 0 else 1
-                    other = bits[t, q + r] + lagrange * (v - q) * (v - q)
+                    other = bits[t, q + r] + worth * (v - q) * (v - q)
                     if other < cost:
                         best, cost = q, other
                     if q == 0:
@@ -221,8 +235,8 @@ def code_cell(
 ) -> CellLatents:
     """Walk through a cell's symbols in coding order; the sources encode or decode them."""
     a = model.architecture
-    if stages > len(a.groups):
-        raise FormatError(f"tile has {stages} stages, its model {len(a.groups)}")
+    if stages > len(a.stages):
+        raise FormatError(f"tile has {stages} stages, its model {len(a.stages)}")
     rows, columns = shape.latents
     z_rows, z_columns = shape.hyper
     positions = rows * columns
@@ -239,25 +253,27 @@ def code_cell(
     effective = np.clip(gain + delta, 0, 255)
     gains = effective.astype(np.uint8).reshape(positions)
     plane = effective.astype(np.float32)[None, None]
-    y = np.empty((a.start(stages), positions), np.float32)
+    y = np.zeros((a.channels_of(stages), positions), np.float32)
     context = np.zeros((a.context_channels, positions), np.float32)
     grid = context.reshape(1, a.context_channels, rows, columns)
-    for k in range(stages):
+    for k, stage in enumerate(a.stages[:stages]):
         inputs = {"h": h, "plane": plane}
         if k:
             inputs["context"] = grid[:, : a.seen(k)]
         outputs = model.stages[k](inputs)
-        first, size = a.start(k), a.groups[k]
-        classes = outputs[0].reshape(size, positions)
-        means = outputs[1].reshape(size, positions) if k < a.mean_stages else _NO_MEANS
+        classes = outputs[0].reshape(stage.count, positions)
+        means = outputs[1].reshape(stage.count, positions) if k < a.mean_stages else _NO_MEANS
+        lattice = lattice_mask(stage.lattice, rows, columns)
+        if stage.lattice:
+            classes *= lattice  # class 0: neither coded nor decoded
         symbols = stage_source(k, classes, means, gains)
         fine = _dequantise(
-            symbols, means, gains, OCTAVE_TABLE,
-            model.mean_factor[first : first + size] if k < a.mean_stages else _NO_FACTOR,
-            model.context_factor[first : first + size],
-            model.inverse_gain[first : first + size],
-            STEPS, y[first : first + size],
-            context[first : first + size] if k < a.context_stages else context[:0],
+            symbols, means, lattice, gains, OCTAVE_TABLE,
+            model.mean_factor[stage.channels] if k < a.mean_stages else _NO_FACTOR,
+            model.context_factor[stage.channels],
+            model.inverse_gain[stage.channels],
+            STEPS, y[stage.channels],
+            context[stage.channels] if stage.first < a.context_channels else context[:0],
         )  # fmt: skip
         if not fine:
             raise FormatError("a symbol is beyond the format's range")
@@ -271,20 +287,20 @@ def quantise_stage(
     classes: Classes,
     means: Array,
     gains: Array,
-    lagrange: float,
+    lagrange: npt.NDArray[np.float32],
 ) -> Symbols:
     """Symbols of one stage's latents ``y`` (channels, positions).
 
-    lagrange: bits that a squared error of one step is worth; infinite: the nearest symbols.
+    lagrange: (channels,) bits that a squared error of one step is worth; infinite: the nearest.
     """
     a, t = model.architecture, model.tables
-    first, size = a.start(stage), a.groups[stage]
+    channels = a.stages[stage].channels
     symbols = np.empty(classes.shape, np.int32)
     _quantise(
         y, classes, means, gains, OCTAVE_TABLE,
-        model.mean_factor[first : first + size] if stage < a.mean_stages else _NO_FACTOR,
-        model.inverse_gain[first : first + size], STEPS,
-        t.class_table, t.class_raw, t.radii, t.bits, np.float32(lagrange), symbols,
+        model.mean_factor[channels] if stage < a.mean_stages else _NO_FACTOR,
+        model.inverse_gain[channels], STEPS,
+        t.class_table, t.class_raw, t.radii, t.bits, lagrange, symbols,
     )  # fmt: skip
     return symbols
 
@@ -296,12 +312,11 @@ def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.
     than a full product, until about a fifth of them are set.
     """
     a = model.architecture
-    dense = min(cell.stages, max(1, a.mean_stages))
-    first = a.start(dense)
+    first = min(len(cell.y), a.channels_of(max(1, a.mean_stages)))
     sparse = cell.y[first:]
     if np.count_nonzero(sparse) > SPARSE_SHARE * sparse.size:
-        return model.linear(cell.stages)({"y": cell.y})[0]
-    linear = model.linear(dense)({"y": cell.y[:first]})[0]
+        return model.linear(len(cell.y))({"y": cell.y})[0]
+    linear = model.linear(first)({"y": cell.y[:first]})[0]
     _accumulate(sparse, model.basis[first : first + len(sparse)], linear)
     return linear
 

@@ -37,10 +37,17 @@ class Search:
 
     strength: of the adaptive step, 0 (best PSNR) ... 1.
     lagrange: bits that a squared error of one step is worth; infinite: nearest symbols.
+    chroma: what an error of colour alone is worth against one of luma, 0 ... 1.
     """
 
     strength: float
     lagrange: float
+    chroma: float = 1.0
+
+    def worth(self, luma_share: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Lagrange multiplier of each channel, given the luma share of its basis image."""
+        weight = luma_share + np.float32(self.chroma) * (1 - luma_share)
+        return (np.float32(self.lagrange) * weight).astype(np.float32)
 
 
 def decode_tile(tile: Tile, model: DecoderModel) -> Image:
@@ -102,6 +109,7 @@ def quantise_cell(
     """Symbols and classes of a cell in coding order: hyper-latents, then one entry per stage."""
     a = model.architecture
     rows, columns = shape.latents
+    worth = search.worth(encoder.luma_share(model))
     y = analyse(pixels, shape, model, encoder, gain)
     coded: list[Coded] = []
     z_rows, z_columns = shape.hyper
@@ -120,10 +128,8 @@ def quantise_cell(
     def stage_source(
         k: int, classes: npt.NDArray[np.uint8], means: Any, gains: Any
     ) -> npt.NDArray[np.int32]:
-        first = a.start(k)
-        symbols = quantise_stage(
-            model, k, y[first : first + a.groups[k]], classes, means, gains, search.lagrange
-        )
+        channels = a.stages[k].channels
+        symbols = quantise_stage(model, k, y[channels], classes, means, gains, worth[channels])
         coded.append((symbols, classes))
         return symbols
 

@@ -31,14 +31,11 @@ def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     Raises SlideError, naming the target, for what the file system refuses.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        file = part.open("xb+")
-    except FileExistsError:
-        raise SlideError(f"{target}: {part.name} exists: is it being written already?") from None
-    except OSError as error:
-        raise _refused(target, error) from error
+    file: BinaryIO | None = None
+    ours = True
     try:
         try:
+            file = part.open("xb+")
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -49,13 +46,20 @@ def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         except OSError as error:
             if isinstance(error, WsicodecError):
                 raise
+            if file is None and isinstance(error, FileExistsError):
+                ours = False
+                raise SlideError(
+                    f"{target}: {part.name} exists: is it being written already?"
+                ) from None
             raise _refused(target, error) from error
     except BaseException:
         # closing flushes, which fails again on a full disk
         with contextlib.suppress(OSError, ValueError):
-            file.close()
-        with contextlib.suppress(OSError):
-            part.unlink()
+            if file is not None:
+                file.close()
+        if ours:
+            with contextlib.suppress(OSError):
+                part.unlink()
         raise
     _sync_folder(target.parent)
 

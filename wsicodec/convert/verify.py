@@ -20,7 +20,15 @@ import numpy.typing as npt
 
 import wsicodec
 from wsicodec.convert.ordered import in_order
-from wsicodec.errors import FormatError, SlideError, VerifyError, WsicodecError
+from wsicodec.errors import (
+    FormatError,
+    ModelError,
+    RuntimeMissingError,
+    SlideError,
+    UnknownModelError,
+    VerifyError,
+    WsicodecError,
+)
 from wsicodec.metrics import METRIC_ARGUMENTS, QualitySummary, TileQuality, psnr, ssim, summarise
 from wsicodec.settings import thread_budget
 from wsicodec.slide.reader import Level, SlideReader
@@ -110,7 +118,8 @@ def verify(
     progress: called with (tiles done, tiles) in the calling thread.
 
     Faults of tiles are in the report. Raises SlideError or UnsupportedError where a file cannot be
-    opened, and VerifyError where ``against`` is of another size, so not the source.
+    opened, VerifyError where ``against`` is of another size, so not the source, and
+    UnknownModelError, ModelError or RuntimeMissingError where this machine cannot decode at all.
     """
     workers = thread_budget() if jobs is None else jobs
     with SlideReader(path) as slide:
@@ -192,6 +201,8 @@ class _Checker:
             if slide.info.record is not None:
                 data = slide.tile_bytes(level.index, row, column)
                 _check_stream(data, slide.info.record, level, pixels)
+        except (UnknownModelError, ModelError, RuntimeMissingError):
+            raise  # says nothing of the tile: this machine cannot decode any of its kind
         except WsicodecError as error:
             reason = str(error)
             if not reason.startswith(str(slide.path)):

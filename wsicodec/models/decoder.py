@@ -33,12 +33,29 @@ MAX_CONTEXT_FACTOR = 2**21
 Array = npt.NDArray[Any]
 
 
+MAX_STAGES = 15
+LATTICES = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Channels ``first`` ... ``first + count - 1`` on the positions of a lattice."""
+
+    first: int
+    count: int
+    lattice: int
+
+    @property
+    def channels(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape of a model; docs/format.md, "Model file", gives the meaning of each number."""
 
     block: int
-    groups: tuple[int, ...]
+    stages: tuple[Stage, ...]
     mean_stages: int
     context_channels: int
     z_channels: int
@@ -47,54 +64,81 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.block != 16:
             raise ModelError(f"block of {self.block} pixels; this version decodes blocks of 16")
-        if not 1 <= len(self.groups) <= 15 or min(self.groups) < 1:
-            raise ModelError("a model has 1 ... 15 stages of at least one channel")
-        if sum(self.groups) > 3 * self.block**2:
-            raise ModelError("more latent channels than a block has samples")
-        if not 0 <= self.mean_stages <= len(self.groups):
+        if not 1 <= len(self.stages) <= MAX_STAGES:
+            raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
+        if not 0 <= self.mean_stages <= len(self.stages):
             raise ModelError("mean_stages is out of range")
-        sums = [sum(self.groups[: i + 1]) for i in range(len(self.groups))]
-        if self.context_channels not in sums or not 1 <= self.z_channels <= 256:
-            raise ModelError("context_channels must end with a stage; z_channels within 1 ... 256")
-        if (
-            sum(self.groups[: self.mean_stages]) > self.context_channels
-            or not 1 <= self.hyper <= 512
-        ):
-            raise ModelError("stages with means must be context; hyper within 1 ... 512")
+        if not 1 <= self.z_channels <= 256 or not 1 <= self.hyper <= 512:
+            raise ModelError("z_channels must be within 1 ... 256, hyper within 1 ... 512")
+        # stages follow one another; those of a lattice go round its three parts
+        done, k = 0, 0
+        ends = []
+        while k < len(self.stages):
+            stage = self.stages[k]
+            parts = self.stages[k : k + 3] if stage.lattice else (stage,)
+            want = (1, 2, 3) if stage.lattice else (0,)
+            if tuple(p.lattice for p in parts) != want or stage.count < 1 or stage.first != done:
+                raise ModelError(f"stage {k} does not follow the stage before it")
+            if any(p.channels != stage.channels for p in parts):
+                raise ModelError(f"the lattices of stage {k} differ in channels")
+            done += stage.count
+            k += len(parts)
+            ends.append((k, done))
+        if done > 3 * self.block**2:
+            raise ModelError("more latent channels than a block has samples")
+        if self.context_channels not in [end for _, end in ends]:
+            raise ModelError("context_channels must end with a stage")
+        if self.channels_of(self.mean_stages) > self.context_channels:
+            raise ModelError("stages with means must be context")
+        if self.mean_stages and self.mean_stages not in [k for k, _ in ends]:
+            raise ModelError("stages with means must end with a whole lattice")
 
     @property
     def channels(self) -> int:
-        return sum(self.groups)
+        """Latent channels of all stages."""
+        return self.channels_of(len(self.stages))
 
-    @property
-    def context_stages(self) -> int:
-        """Stages whose latents are context for later ones and for the correction chain."""
-        return next(
-            i + 1
-            for i in range(len(self.groups))
-            if sum(self.groups[: i + 1]) == self.context_channels
-        )
-
-    def start(self, stage: int) -> int:
-        """First channel of a stage."""
-        return sum(self.groups[:stage])
+    def channels_of(self, stages: int) -> int:
+        """Channels that the first ``stages`` stages code, on some positions at least."""
+        return max((s.first + s.count for s in self.stages[:stages]), default=0)
 
     def seen(self, stage: int) -> int:
         """Channels of context that a stage sees."""
-        return min(self.start(stage), self.context_channels)
+        return min(self.channels_of(stage), self.context_channels)
 
     @classmethod
     def from_header(cls, header: dict[str, Any]) -> Architecture:
         values = header.get("architecture")
         names = ("block", "mean_stages", "context_channels", "z_channels", "hyper")
-        if not isinstance(values, dict) or set(values) != {*names, "groups"}:
+        if not isinstance(values, dict) or set(values) != {*names, "stages"}:
             raise ModelError("model header has no proper architecture")
-        groups = values["groups"]
-        if not isinstance(groups, list) or not all(
-            _is_int(v) for v in (*groups, *(values[n] for n in names))
-        ):
+        stages = values["stages"]
+        if not all(_is_int(values[n]) for n in names) or not isinstance(stages, list):
             raise ModelError("model architecture is not made of integers")
-        return cls(groups=tuple(groups), **{n: values[n] for n in names})
+        if len(stages) > MAX_STAGES:
+            raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
+        parsed = []
+        for stage in stages:
+            if not isinstance(stage, list) or len(stage) != 3 or not all(map(_is_int, stage)):
+                raise ModelError("a stage is not [first channel, channels, lattice]")
+            if stage[2] >= LATTICES:
+                raise ModelError(f"lattice {stage[2]} is not defined")
+            parsed.append(Stage(*stage))
+        return cls(stages=tuple(parsed), **{n: values[n] for n in names})
+
+
+def lattice_mask(lattice: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    """(rows * columns,): 1 on the positions of a lattice: 0 all, 1 even rows and columns, 2 odd
+    rows and columns, 3 the rest."""
+    row = np.arange(rows)[:, None] % 2
+    column = np.arange(columns)[None, :] % 2
+    masks = (
+        np.ones((rows, columns), bool),
+        (row == 0) & (column == 0),
+        (row == 1) & (column == 1),
+        row != column,
+    )
+    return masks[lattice].astype(np.uint8).reshape(-1)
 
 
 def _is_int(value: object) -> bool:
@@ -118,9 +162,8 @@ class DecoderModel:
             file.tensor("table_cdf", "uint16", (None, None)),
         )
         self.z_classes = file.tensor("z_classes", "uint8", (GAINS, a.z_channels))
-        self.mean_factor = file.tensor("mean_factor", "int32", (a.start(a.mean_stages),)).astype(
-            np.int64
-        )
+        with_means = a.channels_of(a.mean_stages)
+        self.mean_factor = file.tensor("mean_factor", "int32", (with_means,)).astype(np.int64)
         self.context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
         self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
         self.basis = file.tensor("basis", "float16", (a.channels, pixels)).astype(np.float32)
@@ -139,7 +182,7 @@ class DecoderModel:
         self._graphs = file.graphs
         self._prove(file)
         self.hyper = GraphRunner(file.graph("hyper"))
-        self.stages = [GraphRunner(file.graph(f"stage{k}")) for k in range(len(a.groups))]
+        self.stages = [GraphRunner(file.graph(f"stage{k}")) for k in range(len(a.stages))]
         self.chain = GraphRunner(file.graph("chain"))
         self._linear: dict[int, GraphRunner] = {}
 
@@ -160,29 +203,28 @@ class DecoderModel:
             f"{self.name}/hyper",
         )
         plane, h = Range.of(1, 0, GAINS - 1), Range.of(a.hyper, 0, 255)
-        for k, size in enumerate(a.groups):
+        for k, stage in enumerate(a.stages):
             inputs = {"h": h, "plane": plane}
             if k:
                 inputs["context"] = Range.of(a.seen(k), -CONTEXT_PEAK, CONTEXT_PEAK)
-            outputs = {"class": Range.of(size, 0, 127, kind=UINT8)}
+            outputs = {"class": Range.of(stage.count, 0, 127, kind=UINT8)}
             if k < a.mean_stages:
-                outputs["mean"] = Range.of(size, -MEAN_PEAK, MEAN_PEAK, kind=INT16)
+                outputs["mean"] = Range.of(stage.count, -MEAN_PEAK, MEAN_PEAK, kind=INT16)
             prove_integer(file.graph(f"stage{k}"), inputs, outputs, f"{self.name}/stage{k}")
         pixels = 3 * a.block**2
         prove_quantised(file.graph("chain"), a.context_channels + 1, pixels, f"{self.name}/chain")
 
-    def linear(self, stages: int) -> GraphRunner:
-        """Runner of the inverse transform of the first ``stages`` groups.
+    def linear(self, channels: int) -> GraphRunner:
+        """Runner of the inverse transform of the first ``channels`` latents.
 
         Input ``y`` float32 (channels, positions), output float32 (positions, 768): samples of
         each block in (row, column, colour) order, 128 added.
         """
-        if stages not in self._linear:
-            channels = self.architecture.start(stages)
-            self._linear[stages] = GraphRunner(
+        if channels not in self._linear:
+            self._linear[channels] = GraphRunner(
                 gemm_graph(self.basis[:channels], self.mean + np.float32(128), transpose=True)
             )
-        return self._linear[stages]
+        return self._linear[channels]
 
     def graph_bytes(self, name: str) -> bytes:
         """An ONNX graph of the model, for export and inspection."""

@@ -7,6 +7,7 @@ all files written before, as they are.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from wsicodec.errors import ModelError
 from wsicodec.models import container
@@ -65,6 +66,7 @@ class EncoderModel:
         self.lagrange = float(lagrange)
         self.colour_gram = file.tensor("colour_gram", "float32", (3, 3))
         self._forward: GraphRunner | None = None
+        self._luma_share: npt.NDArray[np.float32] | None = None
         for name in ("analysis", "hyper_analysis"):
             check_operators(file.graph(name), FLOAT_OPERATORS, f"encoder/{name}")
         self.analysis = GraphRunner(file.graph("analysis"))
@@ -84,6 +86,18 @@ class EncoderModel:
                 gemm_graph(weight, -(forward @ decoder.mean), transpose=False)
             )
         return self._forward
+
+    def luma_share(self, decoder: DecoderModel) -> npt.NDArray[np.float32]:
+        """(channels,) 0 ... 1: how much of each basis image's energy, in colours M, is luma."""
+        if self._luma_share is None:
+            rows = decoder.basis.reshape(len(decoder.basis), -1, 3)
+            total = np.einsum("cpi,ij,cpj->c", rows, self.colour_gram, rows)
+            weights = np.array([0.299, 0.587, 0.114], np.float32)
+            # a unit of luma alone is grey: (1, 1, 1)
+            grey = np.float32(self.colour_gram.sum())
+            luma = ((rows @ weights) ** 2).sum(1) * grey
+            self._luma_share = np.clip(luma / total, 0, 1).astype(np.float32)
+        return self._luma_share
 
 
 def load_encoder(data: bytes) -> EncoderModel:
