@@ -52,3 +52,14 @@ def vector() -> Callable[[str], bytes]:
         return path.read_bytes()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def pixels() -> np.ndarray:
+    """(768, 768, 3) uint8 of the bundled slide: glands, stroma and glass. Read-only."""
+    import tifffile
+
+    path = Path(__file__).parents[1] / "wsicodec" / "data" / "cmu-1-small-region.svs"
+    image = tifffile.imread(path)[900:1668, 700:1468]
+    image.flags.writeable = False
+    return image

@@ -26,21 +26,24 @@ from wsicodec.entropy import kernel, reference
 FOLDER = Path(__file__).parent / "conformance"
 
 DECODE_LEARNED = (
-    "learned-1x1-gain0-lanes32",
-    "learned-1x1-gain90",
     "learned-16x16-gain0-stages1-lanes1",
     "learned-16x16-gain255-lanes32",
-    "learned-16x513-gain120-lanes2",
+    "learned-16x513-gain120-stages5-lanes2",
     "learned-17x31-gain90-stages2-lanes2",
+    "learned-1x1-gain0-lanes32",
+    "learned-1x1-gain90",
     "learned-31x17-gain1-stages3-lanes8",
+    "learned-33x49-gain70-stages7",
     "learned-48x48-gain128-random",
+    "learned-48x64-gain100-stages6-lanes2",
     "learned-513x16-gain90",
     "learned-64x48-gain0",
-    "learned-64x48-gain128-stages1",
+    "learned-64x48-gain128-stages4",
     "learned-64x48-gain180-lanes16",
     "learned-64x48-gain255-lanes1",
     "learned-64x48-gain90",
     "learned-64x64-gain60-random",
+    "learned-80x48-gain40-stages1",
     "learned-80x96-gain6-random",
     "learned-96x80-gain250-random",
 )

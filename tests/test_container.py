@@ -310,17 +310,34 @@ def test_no_architecture(tiny_file: bytes, value: object) -> None:
         ("block", 8),
         ("block", 16.0),
         ("block", "16"),
-        ("groups", []),
-        ("groups", [4, 8, 0]),
-        ("groups", [4, 8, -12]),
-        ("groups", [4, 8, 12.0]),
-        ("groups", [4, 8, 757]),
-        ("groups", [1] * 16),
-        ("groups", {"0": 4}),
-        ("groups", 4),
+        ("stages", []),
+        ("stages", {"0": [0, 24, 0]}),
+        ("stages", 24),
+        ("stages", [[0, 24]]),
+        ("stages", [[0, 24, 0, 0]]),
+        ("stages", [0, 24, 0]),
+        ("stages", [[0, 24.0, 0]]),
+        ("stages", [[0, "24", 0]]),
+        ("stages", [[0, 24, True]]),
+        ("stages", [[0, 24, 4]]),
+        ("stages", [[0, 24, -1]]),
+        ("stages", [[0, 0, 0], [0, 24, 0]]),
+        ("stages", [[1, 24, 0]]),
+        ("stages", [[0, 12, 0], [13, 11, 0]]),
+        ("stages", [[0, 12, 0], [11, 13, 0]]),
+        ("stages", [[0, 12, 0], [0, 12, 0], [12, 12, 0]]),
+        ("stages", [[0, 12, 1], [12, 12, 0]]),
+        ("stages", [[0, 12, 0], [12, 12, 1], [12, 12, 2]]),
+        ("stages", [[0, 12, 1], [0, 12, 3], [0, 12, 2], [12, 12, 0]]),
+        ("stages", [[0, 12, 1], [0, 12, 2], [0, 11, 3], [12, 12, 0]]),
+        ("stages", [[0, 12, 2], [0, 12, 3], [12, 12, 0]]),
+        ("stages", [[0, 12, 0], [12, 757, 0]]),
+        ("stages", [[i, 1, 0] for i in range(16)]),
         ("mean_stages", -1),
-        ("mean_stages", 4),
-        ("mean_stages", 3),
+        ("mean_stages", 1),
+        ("mean_stages", 5),
+        ("mean_stages", 7),
+        ("mean_stages", 9),
         ("mean_stages", True),
         ("context_channels", 0),
         ("context_channels", 11),
@@ -340,7 +357,13 @@ def test_improper_architecture(tiny_file: bytes, key: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("z_channels", 2), ("hyper", 9), ("groups", [4, 8, 13]), ("mean_stages", 1)]
+    ("key", "value"),
+    [
+        ("z_channels", 2),
+        ("hyper", 9),
+        ("mean_stages", 3),
+        ("stages", [[0, 4, 1], [0, 4, 2], [0, 4, 3], [4, 8, 0], [12, 12, 0]]),
+    ],
 )
 def test_architecture_that_is_not_the_models(tiny_file: bytes, key: str, value: object) -> None:
     refused_model(changed(tiny_file, lambda h: h["architecture"].update({key: value})))
@@ -350,7 +373,7 @@ TENSORS = (
     "table_radii", "table_cdf", "z_classes", "mean_factor", "context_factor", "inverse_gain",
     "basis", "mean",
 )  # fmt: skip
-GRAPHS = ("hyper", "stage0", "stage1", "stage2", "chain")
+GRAPHS = ("hyper", "stage0", "stage1", "stage7", "chain")
 
 
 @pytest.mark.parametrize("name", TENSORS + GRAPHS)

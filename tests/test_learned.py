@@ -15,8 +15,8 @@ from wsicodec.metrics import psnr, ssim
 QUALITIES = (1, 10, 30, 50, 70, 85, 95, 100)
 
 
-def test_roundtrip_looks_like_the_image(tissue: np.ndarray) -> None:
-    image = tissue[:256, :256]
+def test_roundtrip_looks_like_the_image(pixels: np.ndarray) -> None:
+    image = pixels[:256, :256]
     data = wsicodec.encode(image)
     decoded = wsicodec.decode(data)
     assert decoded.shape == image.shape and decoded.dtype == np.uint8
@@ -24,8 +24,8 @@ def test_roundtrip_looks_like_the_image(tissue: np.ndarray) -> None:
     assert ssim(image, decoded) > 0.9
 
 
-def test_quality_is_monotone_in_bytes_and_psnr(tissue: np.ndarray) -> None:
-    image = tissue[:256, :256]
+def test_quality_is_monotone_in_bytes_and_psnr(pixels: np.ndarray) -> None:
+    image = pixels[:256, :256]
     tiles = [wsicodec.encode(image, quality=q) for q in QUALITIES]
     sizes = [len(t) for t in tiles]
     values = [psnr(image, wsicodec.decode(t)) for t in tiles]
@@ -37,8 +37,8 @@ def test_quality_is_monotone_in_bytes_and_psnr(tissue: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 37), (16, 16), (17, 31), (33, 64), (255, 257), (512, 512), (513, 530)]
 )
-def test_any_size(tissue: np.ndarray, size: tuple[int, int]) -> None:
-    image = tissue[: size[0], : size[1]]
+def test_any_size(pixels: np.ndarray, size: tuple[int, int]) -> None:
+    image = pixels[: size[0], : size[1]]
     decoded = wsicodec.decode(wsicodec.encode(image, quality=90))
     assert decoded.shape == image.shape
     assert psnr(image, decoded) > 30
@@ -54,8 +54,8 @@ def test_noise_of_any_size_decodes_to_its_size(
     assert wsicodec.decode(wsicodec.encode(image, quality=quality)).shape == image.shape
 
 
-def test_encoding_and_decoding_are_deterministic(tissue: np.ndarray) -> None:
-    image = tissue[:100, :200]
+def test_encoding_and_decoding_are_deterministic(pixels: np.ndarray) -> None:
+    image = pixels[:100, :200]
     tiles = {wsicodec.encode(image) for _ in range(3)}
     assert len(tiles) == 1
     tile = tiles.pop()
@@ -63,8 +63,8 @@ def test_encoding_and_decoding_are_deterministic(tissue: np.ndarray) -> None:
     assert all((wsicodec.decode(tile) == first).all() for _ in range(3))
 
 
-def test_strided_input_is_coded_like_its_copy(tissue: np.ndarray) -> None:
-    view = tissue[:128:2, 200:72:-1]
+def test_strided_input_is_coded_like_its_copy(pixels: np.ndarray) -> None:
+    view = pixels[:128:2, 200:72:-1]
     assert wsicodec.encode(view) == wsicodec.encode(view.copy())
 
 
@@ -75,38 +75,38 @@ def test_constant_tiles_take_21_bytes() -> None:
     np.testing.assert_array_equal(wsicodec.decode(data), image)
 
 
-def test_lossless_is_exact(tissue: np.ndarray) -> None:
-    image = tissue[:64, :80]
+def test_lossless_is_exact(pixels: np.ndarray) -> None:
+    image = pixels[:64, :80]
     np.testing.assert_array_equal(wsicodec.decode(wsicodec.encode(image, lossless=True)), image)
 
 
-def test_probe_tells_what_was_asked(tissue: np.ndarray) -> None:
+def test_probe_tells_what_was_asked(pixels: np.ndarray) -> None:
     for quality in (1, 70, 100):
-        info = wsicodec.probe(wsicodec.encode(tissue[:40, :50], quality=quality))
+        info = wsicodec.probe(wsicodec.encode(pixels[:40, :50], quality=quality))
         assert (info.codec, info.mode, info.height, info.width) == ("learned", "learned", 40, 50)
         assert info.quality == quality and info.model_name == "he-fast"
 
 
-def test_overhead_is_24_bytes(tissue: np.ndarray) -> None:
-    data = wsicodec.encode(tissue[:64, :64])
+def test_overhead_is_24_bytes(pixels: np.ndarray) -> None:
+    data = wsicodec.encode(pixels[:64, :64])
     assert len(data) - len(parse(data).payload) == HEADER_BYTES + LEARNED_BYTES == 24
 
 
-def test_batches_decode_like_single_tiles(tissue: np.ndarray) -> None:
-    same = [wsicodec.encode(tissue[i : i + 64, :64]) for i in range(0, 320, 64)]
+def test_batches_decode_like_single_tiles(pixels: np.ndarray) -> None:
+    same = [wsicodec.encode(pixels[i : i + 64, :64]) for i in range(0, 320, 64)]
     batch = wsicodec.decode_batch(same, threads=3)
     assert isinstance(batch, np.ndarray) and batch.shape == (5, 64, 64, 3)
     for one, tile in zip(batch, same, strict=True):
         np.testing.assert_array_equal(one, wsicodec.decode(tile))
     out = np.empty_like(batch)
     assert wsicodec.decode_batch(same, out=out) is out
-    mixed = wsicodec.decode_batch([*same, wsicodec.encode(tissue[:10, :20])])
+    mixed = wsicodec.decode_batch([*same, wsicodec.encode(pixels[:10, :20])])
     assert isinstance(mixed, list) and mixed[-1].shape == (10, 20, 3)
     assert len(wsicodec.decode_batch([])) == 0
 
 
-def test_out_must_fit(tissue: np.ndarray) -> None:
-    tile = wsicodec.encode(tissue[:32, :32])
+def test_out_must_fit(pixels: np.ndarray) -> None:
+    tile = wsicodec.encode(pixels[:32, :32])
     out = np.empty((32, 32, 3), np.uint8)
     assert wsicodec.decode(tile, out=out) is out
     for bad in (np.empty((32, 31, 3), np.uint8), np.empty((32, 32, 3), np.int16)):
@@ -135,18 +135,18 @@ def test_images_that_are_not_rgb_are_refused_by_name(image: np.ndarray, error: t
     [{"quality": 0}, {"quality": 101}, {"quality": 7.5}, {"quality": True}, {"codec": "gif"},
      {"tune": "speed"}, {"nonsense": 1}],
 )  # fmt: skip
-def test_bad_settings_are_refused_by_name(tissue: np.ndarray, arguments: dict) -> None:
+def test_bad_settings_are_refused_by_name(pixels: np.ndarray, arguments: dict) -> None:
     with pytest.raises(wsicodec.SettingsError):
-        wsicodec.encode(tissue[:16, :16], **arguments)
+        wsicodec.encode(pixels[:16, :16], **arguments)
 
 
-def test_unknown_model_is_refused_by_name(tissue: np.ndarray) -> None:
+def test_unknown_model_is_refused_by_name(pixels: np.ndarray) -> None:
     with pytest.raises(wsicodec.UnknownModelError):
-        wsicodec.encode(tissue[:16, :16], model="he-none")
+        wsicodec.encode(pixels[:16, :16], model="he-none")
 
 
-def test_uniform_steps_win_psnr_and_adaptive_steps_win_ssim(tissue: np.ndarray) -> None:
-    image = tissue[:256, :256]
+def test_uniform_steps_win_psnr_and_adaptive_steps_win_ssim(pixels: np.ndarray) -> None:
+    image = pixels[:256, :256]
 
     def curve(tune: str) -> list[tuple[float, float, float]]:
         points = []

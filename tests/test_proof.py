@@ -332,6 +332,21 @@ def test_other_operator_set(versions: list[int]) -> None:
     refused(model, "operator set")
 
 
+@pytest.mark.parametrize("version", [0, 3, 7, 10, 2**40])
+def test_other_ir_version(version: int) -> None:
+    model = good()
+    model.ir_version = version
+    refused(model, "IR version")
+
+
+def test_name_that_is_not_text() -> None:
+    """Protobuf's parser lets it pass; sorting it among others raised a TypeError once."""
+    data = good().SerializeToString().replace(b"x\x12", b"\xff\x12", 1)
+    assert data != good().SerializeToString()
+    with pytest.raises(ModelError):
+        prove_integer(data, INPUTS, OUTPUTS, "test")
+
+
 def test_functions() -> None:
     model = good()
     opsets = [helper.make_opsetid("", 17)]

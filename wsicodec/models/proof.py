@@ -24,6 +24,7 @@ INPUT_PEAK = 2**11 - 1
 MAX_NODES = 256
 MAX_CHANNELS = 4096
 OPSET = 17
+IR_VERSIONS = (8, 9)
 
 Array = npt.NDArray[Any]
 Bounds = npt.NDArray[np.float64]
@@ -99,6 +100,8 @@ def _load(graph_bytes: bytes, what: str) -> Any:
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx"):
             raise ModelError(f"{what}: operator domain {opset.domain!r} is not allowed")
+    if model.ir_version not in IR_VERSIONS:
+        raise ModelError(f"{what}: IR version {model.ir_version} is not allowed")
     if [opset.version for opset in model.opset_import] != [OPSET]:
         raise ModelError(f"{what}: the operator set is not version {OPSET} alone")
     for node in graph.node:
@@ -121,7 +124,8 @@ def _load(graph_bytes: bytes, what: str) -> Any:
             raise ModelError(f"{what}: constant {tensor.name!r} is of a type that is not allowed")
     for several in (graph.initializer, graph.input, graph.output):
         names = [entry.name for entry in several]
-        if "" in names or len(set(names)) != len(names):
+        # protobuf gives bytes for a name that is not UTF-8
+        if not all(names) or bytes in map(type, names) or len(set(names)) != len(names):
             raise ModelError(f"{what}: a name is missing or used twice")
     return graph
 
