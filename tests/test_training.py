@@ -79,7 +79,9 @@ def test_losses_and_steps_are_those_of_the_package(pixels: np.ndarray) -> None:
     noisy = np.clip(image + np.random.default_rng(0).normal(0, 12, image.shape), 0, 255)
     noisy = noisy.astype(np.uint8)
     batch = lambda a: torch.from_numpy(a.transpose(2, 0, 1)[None].astype(np.float32))  # noqa: E731
-    assert float(ssim_luma(batch(image), batch(noisy))) == pytest.approx(ssim(image, noisy), abs=2e-4)
+    assert float(ssim_luma(batch(image), batch(noisy))) == pytest.approx(
+        ssim(image, noisy), abs=2e-4
+    )
     trained = adaptive_steps(batch(image) - 128, torch.tensor([0.7]))[0, 0].numpy()
     mine = runtime_steps(image.astype(np.float32), 0.7)
     assert (np.abs(trained - mine) <= 1).all() and (trained != mine).mean() < 0.1
@@ -92,14 +94,18 @@ def test_search_saves_bits_only_towards_zero() -> None:
     assert (q.abs() <= near.abs()).all() and (q * near >= 0).all() and (q != near).any()
 
 
-def test_training_resumes_and_exports(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_and_exports(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = NetworkSettings(
         stages=((0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 12, 0), (16, 24, 0)), mean_stages=4,
         context_channels=16, z_channels=4, hyper=8, context=8, middle=8, chain=8, analysis=8,
         analysis_layers=1, analysis_channels=24,
     )  # fmt: skip
     monkeypatch.setattr(training, "NetworkSettings", lambda: small)
-    monkeypatch.setattr(training.NetworkSettings, "from_dict", NetworkSettings.from_dict, raising=False)
+    monkeypatch.setattr(
+        training.NetworkSettings, "from_dict", NetworkSettings.from_dict, raising=False
+    )
     out = tmp_path / "net.pt"
     arguments = ["--data", str(folder), "--out", str(out), "--batch", "2", "--device", "cpu"]
     training.main([*arguments, "--minutes", "0.05"])
@@ -109,7 +115,19 @@ def test_training_resumes_and_exports(folder: Path, tmp_path: Path, monkeypatch:
     assert second["step"] > first["step"] and second["elapsed"] >= 0.1
     assert NetworkSettings.from_dict(second["network"]) == small
     assert all(json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines())
-    export.main([str(out), "--data", str(folder), "--out", str(tmp_path / "m"), "--crops", "4", "--name", "tiny"])
+    export.main(
+        [
+            str(out),
+            "--data",
+            str(folder),
+            "--out",
+            str(tmp_path / "m"),
+            "--crops",
+            "4",
+            "--name",
+            "tiny",
+        ]
+    )
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"tiny.wscm", "tiny.encoder.wscm"}
 
 

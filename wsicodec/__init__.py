@@ -107,7 +107,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'wsicodec' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(home), name)
+    module = importlib.import_module(home)
+    # the package ``wsicodec.models`` is itself callable
+    value = module if name == "models" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -134,9 +134,7 @@ class Stage(nn.Module):
                 self.reduce = IntegerConv(seen * (2 if signed else 1), n.context, 1, in_peak=127)
                 self.context = IntegerConv(n.context, n.context, 3)
             else:
-                self.context = IntegerConv(
-                    seen * (2 if signed else 1), n.context, 3, in_peak=127
-                )
+                self.context = IntegerConv(seen * (2 if signed else 1), n.context, 3, in_peak=127)
         self.middle = IntegerConv(n.hyper + (n.context if before else 0) + 1, n.middle, 1)
         self.scale = IntegerConv(n.middle + 1, self.size, 1, out_exponent=3, high=SCALE_CLASSES - 1)
         self.mean: IntegerConv | None = None

@@ -84,13 +84,13 @@ class TrainSettings:
     crop: int = 256
     lr: float = 5e-4
     warmup: int = 200
-    decay_from: float = 0.6
+    decay_from: float = 0.5
     lagrange: float = 5.0
     ssim_weight: float = 5.0
     strength: tuple[float, float] = (0.2, 1.0)
     chroma_weight: float = 0.6
-    low_share: float = 0.75
-    low_gain: tuple[int, int] = (8, 140)
+    low_share: float = 0.85
+    low_gain: tuple[int, int] = (8, 128)
     high_gain: tuple[int, int] = (120, 240)
     ema: float = 0.998
     clip: float = 0.5

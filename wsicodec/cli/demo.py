@@ -36,6 +36,7 @@ _TILE = 256
 _CROP = (1010, 820, 256, 256)  # y, x, height, width of level 0: glands, nuclei and stroma
 _ZOOM = 2
 _GAP = 16  # white columns between the pictures
+_SAMPLE = 12  # tiles on which the other codecs' qualities are found
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class DemoRow:
     """One codec's result. coded_bytes: of all tiles. file: None where TIFF has no value for it."""
 
     codec: str
+    quality_setting: int
     coded_bytes: int
     file_bytes: int | None
     file: Path | None
@@ -53,6 +55,7 @@ class DemoRow:
         """JSON-ready. raw: bytes of the pixels."""
         return {
             "codec": self.codec,
+            "quality_setting": self.quality_setting,
             "coded_bytes": self.coded_bytes,
             "bits_per_pixel": 24 * self.coded_bytes / raw,
             "file": None if self.file is None else str(self.file),
@@ -75,7 +78,15 @@ def add(commands: Subparsers) -> None:
         "--folder", default="wsicodec-demo", help="where to write (default: ./wsicodec-demo)"
     )
     parser.add_argument(
-        "--quality", type=int, default=70, metavar="N", help="1 ... 100 (default: 70)"
+        "--quality",
+        type=int,
+        default=70,
+        metavar="N",
+        help="1 ... 100, of the first codec; the others take the quality that gives its SSIM "
+        "(default: 70)",
+    )
+    parser.add_argument(
+        "--same-number", action="store_true", help="code all with --quality instead"
     )
     parser.add_argument(
         "--codecs",
@@ -104,21 +115,27 @@ def run(arguments: argparse.Namespace) -> int:
         first = slide.levels[0]
         raw = first.height * first.width * 3
         with progress_bar("coding", quiet=arguments.json) as bar:
-            rows = []
+            rows: list[DemoRow] = []
+            samples = _samples(slide)
+            target = _sample_ssim(samples, names[0], arguments.quality)
             for index, name in enumerate(names):
                 if bar is not None:
                     bar(index, len(names), name)
-                rows.append(_row(slide, name, folder, arguments))
+                quality = arguments.quality
+                if rows and not arguments.same_number:
+                    quality = _matched(samples, name, target)
+                rows.append(_row(slide, name, folder, quality, arguments.jobs))
         picture = folder / "compare.png"
+        qualities = {row.codec: row.quality_setting for row in rows}
         pictured = [name for name in ("learned", "jpeg") if name in names]
-        _write(picture, _compare(slide, pictured, arguments.quality))
+        _write(picture, _compare(slide, {name: qualities[name] for name in pictured}))
         result = {
             "slide": DEMO_SLIDE.name,
             "slide_bytes": slide.info.file_bytes,
             "history": list(slide.info.history),
             "width": first.width,
             "height": first.height,
-            "quality_setting": arguments.quality,
+            "matched": not arguments.same_number,
             "tile": _TILE,
             "metrics": METRIC_ARGUMENTS,
             "picture": {
@@ -138,28 +155,66 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _row(slide: SlideReader, codec: str, folder: Path, arguments: argparse.Namespace) -> DemoRow:
+def _samples(slide: SlideReader) -> list[Image]:
+    """Tiles spread over the slide, those with the most texture."""
+    level = slide.levels[0]
+    spots = [
+        (y, x)
+        for y in range(0, level.height - _TILE + 1, _TILE)
+        for x in range(0, level.width - _TILE + 1, _TILE)
+    ]
+    tiles = [slide.read_region(0, y, x, _TILE, _TILE) for y, x in spots]
+    tiles.sort(key=lambda tile: float(tile.std()), reverse=True)
+    return tiles[: len(tiles) // 2][:: max(1, len(tiles) // 2 // _SAMPLE)]
+
+
+def _sample_ssim(samples: list[Image], codec: str, quality: int) -> float:
+    """Mean SSIM of the samples at a quality."""
+    import wsicodec
+    from wsicodec.metrics import ssim
+
+    values = [
+        ssim(tile, wsicodec.decode(wsicodec.encode(tile, codec=codec, quality=quality)))
+        for tile in samples
+    ]
+    return sum(values) / len(values)
+
+
+def _matched(samples: list[Image], codec: str, target: float) -> int:
+    """Lowest quality at which a codec's samples reach the target SSIM, by bisection."""
+    low, high = 1, 100
+    while low < high:
+        middle = (low + high) // 2
+        if _sample_ssim(samples, codec, middle) >= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _row(slide: SlideReader, codec: str, folder: Path, quality: int, jobs: int | None) -> DemoRow:
     """Code the whole slide, as a file where TIFF knows the codec, else as tiles alone."""
     from wsicodec.convert import ConvertSettings, convert
 
     if codec == "avif":
-        return _tiles_only(slide, codec, arguments)
+        return _tiles_only(slide, codec, quality, jobs)
     target = folder / f"cmu-1-small-region.{codec}.ome.tiff"
     settings = ConvertSettings(
         codec=codec,
-        quality=arguments.quality,
+        quality=quality,
         tile_size=_TILE,
         measure="all",
         overwrite=True,
-        jobs=arguments.jobs,
+        jobs=jobs,
     )
     report = convert(DEMO_SLIDE, target, settings)
     assert report.quality is not None
     coded = sum(level.coded_bytes for level in report.levels)
-    return DemoRow(codec, coded, report.target_bytes, target, report.quality, report.seconds)
+    measured = report.quality
+    return DemoRow(codec, quality, coded, report.target_bytes, target, measured, report.seconds)
 
 
-def _tiles_only(slide: SlideReader, codec: str, arguments: argparse.Namespace) -> DemoRow:
+def _tiles_only(slide: SlideReader, codec: str, quality: int, jobs: int | None) -> DemoRow:
     import functools
     import time
 
@@ -176,7 +231,7 @@ def _tiles_only(slide: SlideReader, codec: str, arguments: argparse.Namespace) -
         height, width = min(_TILE, level.height - y), min(_TILE, level.width - x)
         pixels = slide.read_region(0, y, x, height, width)
         padded = np.pad(pixels, ((0, _TILE - height), (0, _TILE - width), (0, 0)), mode="edge")
-        data = wsicodec.encode(padded, codec=codec, quality=arguments.quality)
+        data = wsicodec.encode(padded, codec=codec, quality=quality)
         back = wsicodec.decode(data)[:height, :width]
         return len(data), TileQuality(0, y, x, psnr(pixels, back), ssim(pixels, back))
 
@@ -186,16 +241,17 @@ def _tiles_only(slide: SlideReader, codec: str, arguments: argparse.Namespace) -
         for x in range(0, level.width, _TILE)
     ]
     started = time.perf_counter()
-    jobs = arguments.jobs or thread_budget()
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(in_order(pool, tasks, 4 * jobs))
+    workers = jobs or thread_budget()
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(in_order(pool, tasks, 4 * workers))
     summary = summarise([quality for _, quality in results])
     assert summary is not None
     seconds = time.perf_counter() - started
-    return DemoRow(codec, sum(size for size, _ in results), None, None, summary, seconds)
+    size = sum(size for size, _ in results)
+    return DemoRow(codec, quality, size, None, None, summary, seconds)
 
 
-def _compare(slide: SlideReader, codecs: list[str], quality: int) -> Image:
+def _compare(slide: SlideReader, qualities: dict[str, int]) -> Image:
     """Original and coded versions of one region side by side, each pixel shown ``_ZOOM`` wide."""
     import numpy as np
 
@@ -203,7 +259,7 @@ def _compare(slide: SlideReader, codecs: list[str], quality: int) -> Image:
 
     original = slide.read_region(0, *_CROP)
     panels = [original]
-    for codec in codecs:
+    for codec, quality in qualities.items():
         panels.append(wsicodec.decode(wsicodec.encode(original, codec=codec, quality=quality)))
     gap = np.full((original.shape[0] * _ZOOM, _GAP, 3), 255, np.uint8)
     parts: list[Image] = []
@@ -236,14 +292,27 @@ def _print(result: dict[str, Any]) -> None:
     raw = result["width"] * result["height"] * 3
     print(
         f"{result['slide']}: {size_text(result['slide_bytes'])} as it came (with thumbnail, label "
-        f"and macro), {size_text(raw)} of pixels; quality {result['quality_setting']}"
+        f"and macro), {size_text(raw)} of pixels"
     )
     jpeg = next((row["coded_bytes"] for row in rows if row["codec"] == "jpeg"), None)
     print_table(
-        ("codec", "file", "tiles", "bits/px", "of JPEG", "PSNR", "worst", "SSIM", "worst", "s"),
+        (
+            "codec",
+            "quality",
+            "file",
+            "tiles",
+            "bits/px",
+            "of JPEG",
+            "PSNR",
+            "worst",
+            "SSIM",
+            "worst",
+            "s",
+        ),
         [
             (
                 row["codec"],
+                str(row["quality_setting"]),
                 "-" if row["file_bytes"] is None else size_text(row["file_bytes"]),
                 size_text(row["coded_bytes"]),
                 f"{row['bits_per_pixel']:.3f}",
@@ -257,6 +326,11 @@ def _print(result: dict[str, Any]) -> None:
             for row in rows
         ],
     )
+    if result["matched"]:
+        print(
+            f"quality: of {rows[0]['codec']} as asked, of the others the lowest with its mean SSIM "
+            "on textured tiles"
+        )
     print("PSNR and SSIM: mean over tiles, and the worst tile; s: coding, decoding and measuring")
     print(
         f"the slide was coded before ({', '.join(result['history'])}), which flatters JPEG: its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +128,10 @@ class Architecture:
         return cls(stages=tuple(parsed), **{n: values[n] for n in names})
 
 
+@functools.lru_cache(maxsize=64)
 def lattice_mask(lattice: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    """(rows * columns,): 1 on the positions of a lattice: 0 all, 1 even rows and columns, 2 odd
-    rows and columns, 3 the rest."""
+    """(rows * columns,) uint8, read-only: 1 on the positions of a lattice: 0 all, 1 even rows and
+    columns, 2 odd rows and columns, 3 the rest."""
     row = np.arange(rows)[:, None] % 2
     column = np.arange(columns)[None, :] % 2
     masks = (
@@ -138,7 +140,9 @@ def lattice_mask(lattice: int, rows: int, columns: int) -> npt.NDArray[np.uint8]
         (row == 1) & (column == 1),
         row != column,
     )
-    return masks[lattice].astype(np.uint8).reshape(-1)
+    mask = masks[lattice].astype(np.uint8).reshape(-1)
+    mask.flags.writeable = False
+    return mask
 
 
 def _is_int(value: object) -> bool:

@@ -6,6 +6,8 @@ all files written before, as they are.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +37,7 @@ class EncoderModel:
             raise ModelError(f"model file is of kind {file.header.get('kind')!r}, not {KIND!r}")
         self.digest, self.header = file.digest, file.header
         decoder = file.header.get("decoder")
-        if not isinstance(decoder, str) or len(decoder) != 64:
+        if not isinstance(decoder, str) or not re.fullmatch("[0-9a-f]{64}", decoder):
             raise ModelError("encoder model does not name its decoder")
         self.decoder_digest = bytes.fromhex(decoder)
         self.quality_gain = file.tensor("quality_gain", "uint8", (100,)).astype(int)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,30 @@ def allow_model(data: bytes) -> DecoderModel:
     return decoder
 
 
+def install_model(data: bytes) -> ModelRecord:
+    """Put a decoder model into the user's folder, so that every process here decodes with it.
+
+    The caller vouches for it; it is still parsed under caps and proved. Raises ModelError, OSError.
+    """
+    decoder = load_decoder(data)
+    digest = decoder.digest.hex()
+    for record in models():
+        if record.digest == digest:
+            return record
+    folder = user_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    # named by digest alone: the model's own name is a stranger's text
+    path = folder / f"{digest[:16]}{DECODER_SUFFIX}"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _store.forget()
+    return find_model(digest)
+
+
 class _Store:
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -108,9 +133,20 @@ class _Store:
                 self._records, self._scanned = tuple(seen.values()), folder
             return self._records
 
-    def add(self, decoder: DecoderModel) -> None:
+    def forget(self) -> None:
         with self._lock:
-            self._decoders[decoder.digest[:4]] = decoder
+            self._records = None
+
+    def add(self, decoder: DecoderModel) -> None:
+        # four bytes can be met by search: a stranger must not take a known model's place
+        prefix = decoder.digest[:4]
+        with self._lock:
+            known = {bytes.fromhex(record.digest) for record in self.records()}
+            if prefix in self._decoders:
+                known.add(self._decoders[prefix].digest)
+            if any(d[:4] == prefix and d != decoder.digest for d in known):
+                raise ModelError(f"another model's digest starts with {prefix.hex()}, too")
+            self._decoders.setdefault(prefix, decoder)
 
     def decoder(self, prefix: bytes) -> DecoderModel:
         found = self._decoders.get(prefix)
@@ -146,15 +182,26 @@ class _Store:
             return decoder, self._encoders[record.digest]
 
 
+def _number(value: object) -> float:
+    """A header's number, which is for people alone; 0 where it is none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if known and abs(value) < 1e9 else 0.0  # type: ignore[arg-type]
+
+
 def _scan(folder: Path, shipped: bool) -> list[ModelRecord]:
-    """Records of a folder's models; files that do not parse are reported by name when used."""
+    """Records of a folder's models."""
     if not folder.is_dir():
         return []
     records = []
     for path in sorted(folder.glob(f"*{DECODER_SUFFIX}")):
         if path.name.endswith(ENCODER_SUFFIX) or path.stat().st_size > container.MAX_BYTES:
             continue
-        file = container.parse(path.read_bytes())
+        try:
+            file = container.parse(path.read_bytes())
+        except (ModelError, OSError) as error:
+            # one broken file must not hide the models beside it
+            warnings.warn(f"{path} is left out: {error}", RuntimeWarning, stacklevel=2)
+            continue
         header = file.header
         stem = path.name.removesuffix(DECODER_SUFFIX)
         encoder, card = folder / (stem + ENCODER_SUFFIX), folder / f"{stem}.md"
@@ -162,7 +209,7 @@ def _scan(folder: Path, shipped: bool) -> list[ModelRecord]:
             ModelRecord(
                 name=str(header.get("name")),
                 digest=file.digest.hex(),
-                kmac_per_pixel=float(header.get("kmac_per_pixel", 0.0)),
+                kmac_per_pixel=_number(header.get("kmac_per_pixel")),
                 licence=str(header.get("licence", "unknown")),
                 path=path,
                 encoder_path=encoder if encoder.is_file() else None,
