@@ -1,66 +1,28 @@
-"""Builds the shipped ONNX graphs from a trained network, layer by layer.
-
-Written out by hand rather than traced: each graph must hold just the operators that the integer
-proof allows, in the form that docs/format.md gives.
-"""
+"""Cuts the trained network into the shipped ONNX graphs, layer by layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from tools.export.builder import FLOAT, INT8, INT16, UINT8, GraphBuilder, grid
 from tools.train.integer import IntegerConv
 from tools.train.network import STEP_PEAK, STEP_UNIT, ResidualBlock, Stage, TileNetwork
 
-FLOAT, UINT8, INT8, INT16 = (
-    TensorProto.FLOAT,
-    TensorProto.UINT8,
-    TensorProto.INT8,
-    TensorProto.INT16,
-)
-OPSET = 17
-IR_VERSION = 9
 Array = np.ndarray[Any, Any]
 
 
-class GraphBuilder:
-    """Collects nodes and constants; tensors are names."""
+class NetworkBuilder(GraphBuilder):
+    """A graph builder that takes layers of the trained network."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.nodes: list[Any] = []
-        self.constants: dict[str, Array] = {}
-
-    def constant(self, value: Array, hint: str) -> str:
-        name = f"{hint}_{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        name = output or f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
-        return name
-
-    def integer_conv(
-        self, x: str, layer: IntegerConv, cast: int | None = None, output: str | None = None
+    def layer(
+        self, x: str, layer: IntegerConv, *, cast: int | None = None, output: str | None = None
     ) -> str:
-        """Conv -> Round -> x 2^-shift -> Floor -> Clip (-> Cast)."""
+        """An integer layer."""
         rows = layer.rows()
-        w = self.add("Cast", self.constant(rows.weight.numpy().astype(np.int8), "w"), to=FLOAT)
-        b = self.add("Cast", self.constant(rows.bias.numpy().astype(np.int32), "b"), to=FLOAT)
-        side = rows.weight.shape[-1]
-        y = self.add("Conv", x, w, b, kernel_shape=[side, side], pads=[side // 2] * 4)
-        y = self.add("Round", y)
-        scale = np.exp2(-rows.shift.numpy().astype(np.float64)).astype(np.float32)
-        y = self.add("Mul", y, self.constant(scale.reshape(1, -1, 1, 1), "scale"))
-        y = self.add("Floor", y)
-        low = self.constant(np.float32(rows.low).reshape(()), "low")
-        high = self.constant(np.float32(rows.high).reshape(()), "high")
-        y = self.add("Clip", y, low, high, output=None if cast else output)
-        return self.add("Cast", y, to=cast, output=output) if cast else y
+        arrays = (rows.weight.numpy(), rows.bias.numpy(), rows.shift.numpy())
+        return self.integer_conv(x, arrays, (rows.low, rows.high), cast=cast, output=output)
 
     def half(self, value: Array, hint: str) -> str:
         """A weight stored in float16, used in float32."""
@@ -70,6 +32,7 @@ class GraphBuilder:
     def float_conv(
         self, x: str, weight: Array, bias: Array, stride: int = 1, pad: int | None = None
     ) -> str:
+        """A layer of an encoder network."""
         side = weight.shape[-1]
         w = self.half(weight, "w")
         b = self.constant(bias.astype(np.float32), "b")
@@ -78,39 +41,14 @@ class GraphBuilder:
             "Conv", x, w, b, kernel_shape=[side, side], pads=[p] * 4, strides=[stride] * 2
         )
 
-    def finish(
-        self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, tuple[int, list[Any]]]
-    ) -> bytes:
-        info = helper.make_tensor_value_info
-        graph = helper.make_graph(
-            self.nodes,
-            self.name,
-            [info(n, t, s) for n, (t, s) in inputs.items()],
-            [info(n, t, s) for n, (t, s) in outputs.items()],
-            [
-                numpy_helper.from_array(np.ascontiguousarray(v), n)
-                for n, v in self.constants.items()
-            ],
-        )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-        )
-        model.producer_name = "wsicodec"
-        onnx.checker.check_model(model, full_check=True)
-        return bytes(model.SerializeToString())
-
-
-def grid(channels: int, rows: str = "rows", columns: str = "columns") -> list[Any]:
-    return ["batch", channels, rows, columns]
-
 
 def hyper_graph(net: TileNetwork) -> bytes:
     """z, plane -> h, step."""
     n = net.settings
-    g = GraphBuilder("hyper")
-    x = g.integer_conv("z", net.h_s_expand)
+    g = NetworkBuilder("hyper")
+    x = g.layer("z", net.h_s_expand)
     x = g.add("DepthToSpace", x, blocksize=2, mode="CRD")
-    g.integer_conv(g.add("Concat", x, "plane", axis=1), net.h_s, output="h")
+    g.layer(g.add("Concat", x, "plane", axis=1), net.h_s, output="h")
     # the adaptive step is the first hyper-latent, times its unit, the same for 2 x 2 positions
     unit = np.zeros((4, n.z_channels, 1, 1), np.int8)
     unit[:, 0] = STEP_UNIT
@@ -129,7 +67,7 @@ def hyper_graph(net: TileNetwork) -> bytes:
 def stage_graph(net: TileNetwork, stage: Stage) -> bytes:
     """h, plane (, context) -> class (, mean)."""
     n = net.settings
-    g = GraphBuilder(f"stage{stage.index}")
+    g = NetworkBuilder(f"stage{stage.index}")
     inputs = {"h": (FLOAT, grid(n.hyper)), "plane": (FLOAT, grid(1))}
     parts = ["h"]
     if stage.context is not None:
@@ -138,13 +76,13 @@ def stage_graph(net: TileNetwork, stage: Stage) -> bytes:
         if stage.signed:
             c = g.add("Concat", "context", c, axis=1)
         if stage.reduce is not None:
-            c = g.integer_conv(c, stage.reduce)
-        parts.append(g.integer_conv(c, stage.context))
-    m = g.integer_conv(g.add("Concat", *parts, "plane", axis=1), stage.middle)
-    g.integer_conv(g.add("Concat", m, "plane", axis=1), stage.scale, cast=UINT8, output="class")
+            c = g.layer(c, stage.reduce)
+        parts.append(g.layer(c, stage.context))
+    m = g.layer(g.add("Concat", *parts, "plane", axis=1), stage.middle)
+    g.layer(g.add("Concat", m, "plane", axis=1), stage.scale, cast=UINT8, output="class")
     outputs = {"class": (UINT8, grid(stage.size))}
     if stage.mean is not None:
-        g.integer_conv(m, stage.mean, cast=INT16, output="mean")
+        g.layer(m, stage.mean, cast=INT16, output="mean")
         outputs["mean"] = (INT16, grid(stage.size))
     return g.finish(inputs, outputs)
 
@@ -158,10 +96,10 @@ def raster_order(block: int) -> Array:
 def chain_graph(net: TileNetwork) -> bytes:
     """context (uint8, 128 is zero; last channel the gain plane) -> correction (int8)."""
     n = net.settings
-    g = GraphBuilder("chain")
-    zero_point = np.uint8(128)
+    g = NetworkBuilder("chain")
     x, exponent = "context", net.chain[0].in_exponent
     layers = [*net.chain, net.chain_out]
+    zero: np.uint8 | np.int8 = np.uint8(128)
     for i, layer in enumerate(layers):
         rows = layer.rows()
         last = i == len(layers) - 1
@@ -170,24 +108,13 @@ def chain_graph(net: TileNetwork) -> bytes:
             order = raster_order(n.block)
             weight, bias, shift = weight[order], bias[order], shift[order]
         # shift = k + in - out, and a row's weights are in steps of 2**-k
-        row_scale = np.exp2(-(shift - layer.in_exponent + layer.out_exponent).astype(np.float64))
-        scale = g.constant(np.float32(2.0**-exponent).reshape(()), "scale")
-        zero = g.constant(np.array(zero_point, np.uint8), "zero")
-        x = g.add("DequantizeLinear", x, scale, zero)
-        w_scale = g.constant(row_scale.astype(np.float32), "scale")
-        w = g.add("DequantizeLinear", g.constant(weight.astype(np.int8), "w"), w_scale, axis=0)
-        b_scale = g.constant((row_scale * 2.0**-exponent).astype(np.float32), "scale")
-        b = g.add("DequantizeLinear", g.constant(bias.astype(np.int32), "b"), b_scale, axis=0)
-        side = weight.shape[-1]
-        x = g.add("Conv", x, w, b, kernel_shape=[side, side], pads=[side // 2] * 4)
-        exponent = layer.out_exponent
-        scale = g.constant(np.float32(2.0**-exponent).reshape(()), "scale")
-        if last:
-            x = g.add("QuantizeLinear", x, scale, g.constant(np.array(0, np.int8), "zero"))
-            g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
-        else:
-            zero_point = np.uint8(0)
-            x = g.add("QuantizeLinear", x, scale, g.constant(np.array(0, np.uint8), "zero"))
+        row = -(shift - layer.in_exponent + layer.out_exponent)
+        after: np.uint8 | np.int8 = np.int8(0) if last else np.uint8(0)
+        x = g.quantised_conv(
+            x, (weight, bias, row), (-exponent, zero), (-layer.out_exponent, after)
+        )
+        exponent, zero = layer.out_exponent, after
+    g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.finish(
         {"context": (UINT8, grid(n.context_channels + 1))},
         {"correction": (INT8, ["batch", "rows", "columns", 3 * n.block**2])},
@@ -198,7 +125,7 @@ def analysis_graph(net: TileNetwork) -> bytes:
     """blocks, linear, plane -> correction of the leading latents, in steps."""
     n = net.settings
     k, order = n.analysis_channels, raster_order(n.block)
-    g = GraphBuilder("analysis")
+    g = NetworkBuilder("analysis")
     array = lambda t: t.detach().numpy()  # noqa: E731
     weight = array(net.features.weight).reshape(n.analysis, -1)[:, order] / 64
     f = g.float_conv("blocks", weight[:, :, None, None], array(net.features.bias))
@@ -226,7 +153,7 @@ def analysis_graph(net: TileNetwork) -> bytes:
 def hyper_analysis_graph(net: TileNetwork) -> bytes:
     """y (leading latents), plane -> hyper-latents before rounding, all but the first."""
     n = net.settings
-    g = GraphBuilder("hyper_analysis")
+    g = NetworkBuilder("hyper_analysis")
     d = 1 / net.deviation.numpy()[: n.context_channels]
     y = g.add("Mul", "y", g.constant(d.reshape(1, -1, 1, 1).astype(np.float32), "scale"))
     unit = g.constant(np.full((1, 1, 1, 1), 1 / 32, np.float32), "scale")

@@ -160,12 +160,14 @@ def _samples(slide: SlideReader) -> list[Image]:
     level = slide.levels[0]
     spots = [
         (y, x)
-        for y in range(0, level.height - _TILE + 1, _TILE)
-        for x in range(0, level.width - _TILE + 1, _TILE)
+        for y in range(0, max(1, level.height - _TILE + 1), _TILE)
+        for x in range(0, max(1, level.width - _TILE + 1), _TILE)
     ]
-    tiles = [slide.read_region(0, y, x, _TILE, _TILE) for y, x in spots]
+    height, width = min(_TILE, level.height), min(_TILE, level.width)
+    tiles = [slide.read_region(0, y, x, height, width) for y, x in spots]
     tiles.sort(key=lambda tile: float(tile.std()), reverse=True)
-    return tiles[: len(tiles) // 2][:: max(1, len(tiles) // 2 // _SAMPLE)]
+    textured = tiles[: max(1, len(tiles) // 2)]
+    return textured[:: max(1, len(textured) // _SAMPLE)]
 
 
 def _sample_ssim(samples: list[Image], codec: str, quality: int) -> float:

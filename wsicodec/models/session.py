@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsicodec.errors import RuntimeMissingError
+from wsicodec.errors import ModelError, RuntimeMissingError
 
 INSTALL_LINE = 'pip install "wsicodec[cpu]"  (or "wsicodec[gpu]" on a machine with a CUDA GPU)'
 
@@ -68,7 +68,10 @@ class GraphRunner:
         options.enable_cpu_mem_arena = False
         if not self._optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return ort.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own types, which differ by release
+            raise ModelError(f"onnxruntime cannot load a graph of the model: {error}") from error
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Outputs in the graph's order."""
