@@ -29,7 +29,7 @@ PORTS = {"x": (FLOAT, grid(2))}, {"y": (UINT8, grid(3))}
 
 def good() -> Any:
     """A one-layer integer graph that passes: x (2 channels, -127 ... 127) to y (3, 0 ... 127)."""
-    g = GraphBuilder("good")
+    g = GraphBuilder("good", "Floor")
     g.integer_conv("x", (WEIGHT, BIAS, SHIFT), (0, 127), cast=UINT8, output="y")
     return g.model(*PORTS)
 
@@ -522,7 +522,7 @@ def test_two_outputs() -> None:
 
 def test_outputs_in_another_order() -> None:
     """Outputs are read by position: means taken for classes would index past the tables."""
-    g = GraphBuilder("two")
+    g = GraphBuilder("two", "Floor")
     g.integer_conv("x", (WEIGHT, BIAS, SHIFT), (0, 127), cast=UINT8, output="y")
     g.integer_conv("x", (WEIGHT, BIAS, SHIFT), (-99, 99), output="m")
     ports = {"y": (UINT8, grid(3)), "m": (FLOAT, grid(3))}
@@ -571,7 +571,7 @@ def test_output_on_another_grid() -> None:
 
 
 def test_concat_of_different_grids() -> None:
-    g = GraphBuilder("grids")
+    g = GraphBuilder("grids", "Floor")
     wide = g.add("DepthToSpace", g.add("Concat", "x", "x", axis=1), blocksize=2, mode="CRD")
     g.add("Concat", wide, "x", axis=1, output="y")
     model = g.model(PORTS[0], {"y": (FLOAT, grid(3))})
@@ -842,7 +842,7 @@ def test_chain_channels_doubled_for_ever() -> None:
 def random_graph(seed: int) -> tuple[bytes, dict[str, Range], dict[str, Range]]:
     """Two random layers, 1x1 or 3x3, with every operator, that may or may not be provable."""
     rng = np.random.default_rng(seed)
-    g = GraphBuilder("random")
+    g = GraphBuilder("random", "Floor")
     peak = int(rng.choice([3, 30, 127]))
 
     def layer(outputs: int, inputs: int) -> Any:
@@ -907,3 +907,10 @@ def test_a_proved_chain_computes_exactly(peak: int) -> None:
     for optimise in (False, True):
         result = GraphRunner(data, optimise=optimise)({"context": x[None].astype(np.uint8)})[0]
         np.testing.assert_array_equal(result[0], exact)
+
+
+def test_round_in_place_of_floor() -> None:
+    """rint(x / 2^s): the rounding of the shipped models; both bounds round half to even."""
+    model = good()
+    node(model, "Floor").op_type = "Round"
+    prove(model)

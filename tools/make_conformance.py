@@ -88,7 +88,7 @@ def random_layer(
 
 
 def hyper_graph(rng: np.random.Generator) -> bytes:
-    g = GraphBuilder("hyper")
+    g = GraphBuilder("hyper", "Floor")
     shift = rng.integers(1, 4, 4 * HYPER)
     x = g.integer_conv("z", random_layer(rng, (4 * HYPER, Z, 1), 60, shift, 100), (0, 255))
     x = g.add("DepthToSpace", x, blocksize=2, mode="CRD")
@@ -114,7 +114,7 @@ def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes
     """Classes follow deviation and gain, disturbed at random; means are random."""
     first, size, _ = STAGES[stage]
     seen = min(max((a + n for a, n, _ in STAGES[:stage]), default=0), CONTEXT)
-    g = GraphBuilder(f"stage{stage}")
+    g = GraphBuilder(f"stage{stage}", "Floor")
     inputs = {"h": (FLOAT, grid(HYPER)), "plane": (FLOAT, grid(1))}
     parts = ["h"]
     channels = HYPER + 1
@@ -156,7 +156,7 @@ def stage_graph(rng: np.random.Generator, stage: int, deviation: Array) -> bytes
 
 
 def chain_graph(rng: np.random.Generator) -> bytes:
-    g = GraphBuilder("chain")
+    g = GraphBuilder("chain", "Floor")
 
     def layer(outputs: int, inputs: int, side: int, peak: int, row: Array) -> Any:
         weight = rng.integers(-peak, peak + 1, (outputs, inputs, side, side))
@@ -227,7 +227,7 @@ def tiny_encoder(decoder: bytes) -> bytes:
     """An encoder model for it: a plain transform, hyper-latents from two averages."""
     rng = np.random.default_rng(SEED + 1)
     _, deviation = cosine_basis()
-    a = GraphBuilder("analysis")
+    a = GraphBuilder("analysis", "Floor")
     scaled = a.add("Mul", "linear", a.constant(np.full((1, 1, 1, 1), 1e-4, np.float32), "scale"))
     weight = a.constant((0.1 * rng.standard_normal((4, 4, 1, 1))).astype(np.float32), "w")
     bias = a.constant(np.zeros(4, np.float32), "b")
@@ -236,7 +236,7 @@ def tiny_encoder(decoder: bytes) -> bytes:
         {"blocks": (FLOAT, grid(768)), "linear": (FLOAT, grid(4)), "plane": (FLOAT, grid(1))},
         {"correction": (FLOAT, grid(4))},
     )
-    h = GraphBuilder("hyper_analysis")
+    h = GraphBuilder("hyper_analysis", "Floor")
     scale = (1 / deviation[:CONTEXT]).reshape(1, -1, 1, 1).astype(np.float32)
     x = h.add("Concat", h.add("Mul", "y", h.constant(scale, "scale")), "plane", axis=1)
     weight = np.zeros((Z - 1, CONTEXT + 1, 2, 2), np.float32)

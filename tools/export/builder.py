@@ -32,10 +32,14 @@ def grid(channels: int, rows: str = "rows", columns: str = "columns") -> list[An
 
 
 class GraphBuilder:
-    """Collects nodes and constants; tensors are names."""
+    """Collects nodes and constants; tensors are names.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    rounding: of integer layers, "Round" (half to even) or "Floor" (a rounding half then belongs
+    into the bias).
+    """
+
+    def __init__(self, name: str, rounding: str = "Round") -> None:
+        self.name, self.rounding = name, rounding
         self.nodes: list[Any] = []
         self.constants: dict[str, Array] = {}
 
@@ -58,10 +62,9 @@ class GraphBuilder:
         return self.add("Round", y)
 
     def shifted(self, x: str, shift: Array) -> str:
-        """x 2^-shift -> Floor. shift: (channels,)"""
+        """x 2^-shift, not yet rounded. shift: (channels,)"""
         scale = np.exp2(-shift.astype(np.float64)).astype(np.float32)
-        y = self.add("Mul", x, self.constant(scale.reshape(1, -1, 1, 1), "scale"))
-        return self.add("Floor", y)
+        return self.add("Mul", x, self.constant(scale.reshape(1, -1, 1, 1), "scale"))
 
     def clip(self, x: str, low: int, high: int, output: str | None = None) -> str:
         bounds = (self.constant(np.full((), v, np.float32), "bound") for v in (low, high))
@@ -76,12 +79,12 @@ class GraphBuilder:
         cast: int | None = None,
         output: str | None = None,
     ) -> str:
-        """clip(floor(2^-shift (W * x + b)), low, high), cast where asked.
+        """clip(rint(2^-shift (W * x + b)), low, high), cast where asked.
 
-        layer: weight (out, in, k, k) within int8, bias (out,) with the rounding half, shift (out,).
+        layer: weight (out, in, k, k) within int8, bias (out,), shift (out,).
         """
         weight, bias, shift = layer
-        y = self.shifted(self.integer_sums(x, weight, bias), shift)
+        y = self.add(self.rounding, self.shifted(self.integer_sums(x, weight, bias), shift))
         y = self.clip(y, *bounds, output=None if cast else output)
         return self.add("Cast", y, to=cast, output=output) if cast else y
 

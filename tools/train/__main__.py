@@ -71,10 +71,25 @@ class Run:
             "elapsed": self.elapsed,
         }
 
-    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take over the weights that fit, from a network of another shape."""
+    def start_from(self, weights: dict[str, torch.Tensor], stages: dict[int, list[int]]) -> None:
+        """Take over the weights that fit, from a network of other stages.
+
+        stages: for each old stage the new ones that may begin with its weights.
+        """
         mine = self.net.state_dict()
-        fitting = {k: v for k, v in weights.items() if k in mine and mine[k].shape == v.shape}
+        renamed: dict[str, torch.Tensor] = {}
+        for key, value in weights.items():
+            if not key.startswith("stages."):
+                renamed[key] = value
+                continue
+            _, index, rest = key.split(".", 2)
+            for target in stages[int(index)]:
+                name = f"stages.{target}.{rest}"
+                wanted = mine[name].shape[1:2] if name in mine else None
+                # a stage that lost its means sees magnitudes alone: the second half
+                half = rest == "reduce.weight" and wanted and 2 * wanted[0] == value.shape[1]
+                renamed[name] = value[:, value.shape[1] // 2 :] if half else value
+        fitting = {k: v for k, v in renamed.items() if k in mine and mine[k].shape == v.shape}
         self.net.load_state_dict({**mine, **fitting})
         print(f"took over {len(fitting)} of {len(mine)} tensors")
 
@@ -160,8 +175,7 @@ def train(arguments: argparse.Namespace) -> None:
         run.net.start_from_klt(*block_klt(sampler, network.block, settings.chroma_weight))
         if arguments.start_from:
             state = torch.load(arguments.start_from, map_location="cpu", weights_only=True)
-            old = "groups" in state["network"]
-            run.start_from(without_lattices(state["average"]) if old else state["average"])
+            run.start_from(state["average"], stage_names(state["network"]["stages"], network))
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {device}, step {run.step}")
@@ -191,15 +205,15 @@ def train(arguments: argparse.Namespace) -> None:
     save(out, run.state())
 
 
-def without_lattices(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a network without lattices under the names of one whose first stage has three."""
-    names = {0: (0, 1, 2), 1: (3,), 2: (4,), 3: (5,), 4: (6,)}
-    renamed = {k: v for k, v in weights.items() if not k.startswith("stages.")}
-    for key, value in weights.items():
-        if key.startswith("stages."):
-            _, index, rest = key.split(".", 2)
-            renamed |= {f"stages.{i}.{rest}": value for i in names[int(index)]}
-    return renamed
+def stage_names(old: Any, new: NetworkSettings) -> dict[int, list[int]]:
+    """Stages of a new network that may begin with the weights of each old one: the same stage, or
+    those of the same channels."""
+    names = {}
+    for i, stage in enumerate(old):
+        same = [k for k, s in enumerate(new.stages) if tuple(s) == tuple(stage)]
+        alike = [k for k, s in enumerate(new.stages) if tuple(s[:2]) == tuple(stage[:2])]
+        names[i] = same or alike
+    return names
 
 
 def bar(share: float, width: int = 20) -> str:

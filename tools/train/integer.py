@@ -33,10 +33,10 @@ def floor_at(x: Tensor, exponent: int) -> Tensor:
 
 @dataclass(frozen=True)
 class IntegerRows:
-    """A layer as integers: ``y = clip(floor((W x + b) * 2**-shift), low, high)``."""
+    """A layer as integers: ``y = clip(rint((W x + b) * 2**-shift), low, high)``."""
 
     weight: Tensor  # int8 values, (out, in, kh, kw)
-    bias: Tensor  # int32 values, the rounding half included, (out,)
+    bias: Tensor  # int32 values, (out,)
     shift: Tensor  # >= 0, (out,)
     low: int
     high: int
@@ -63,7 +63,6 @@ class IntegerConv(nn.Module):
         low: int = 0,
         high: int = 255,
         weight_peak: int = 127,
-        half_even: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
@@ -71,7 +70,7 @@ class IntegerConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(3))
         self.in_exponent, self.out_exponent = in_exponent, out_exponent
         self.in_peak, self.low, self.high = in_peak, low, high
-        self.weight_peak, self.half_even = weight_peak, half_even
+        self.weight_peak = weight_peak
 
     @torch.no_grad()
     def row_exponents(self) -> Tensor:
@@ -80,7 +79,7 @@ class IntegerConv(nn.Module):
         peak = w.abs().amax((1, 2, 3)).clamp_min(1e-9)
         total = w.abs().sum((1, 2, 3)) * self.in_peak
         b = self.bias.detach().float().abs() * 2.0**self.in_exponent
-        # one unit per weight for rounding, one for the rounding half in the bias
+        # weights and bias may each round up by half a unit
         room = ACCUMULATOR_BOUND * 0.98 - 0.5 * self.in_peak * w[0].numel()
         by_peak = torch.floor(torch.log2((self.weight_peak + 0.49) / peak))
         by_sum = torch.floor(torch.log2(room / (total + b).clamp_min(1e-9)))
@@ -103,8 +102,7 @@ class IntegerConv(nn.Module):
         w, b, _ = self.quantised()
         y = F.conv2d(x, w, b, padding=w.shape[-1] // 2)
         scale = float(2**self.out_exponent)
-        y_grid = torch.round(y * scale) if self.half_even else torch.floor(y * scale + 0.5)
-        y = straight_through(y_grid / scale, y)
+        y = straight_through(torch.round(y * scale) / scale, y)  # half to even, as ONNX rounds
         return y.clamp(self.low / scale, self.high / scale)
 
     @torch.no_grad()
@@ -114,7 +112,4 @@ class IntegerConv(nn.Module):
         shift = (k + self.in_exponent - self.out_exponent).to(torch.int64)
         weight = torch.round(w * torch.exp2(k).view(-1, 1, 1, 1)).to(torch.int64)
         bias = torch.round(b * torch.exp2(k) * 2.0**self.in_exponent).to(torch.int64)
-        half = torch.where(shift > 0, 2 ** (shift - 1).clamp_min(0), torch.zeros_like(shift))
-        if not self.half_even:
-            bias = bias + half
         return IntegerRows(weight, bias, shift, self.low, self.high)

@@ -204,13 +204,12 @@ class TileNetwork(nn.Module):
                     3,
                     in_peak=127 if i == 0 else 255,
                     weight_peak=CHAIN_PEAK,
-                    half_even=True,
                 )
             )
         self.chain = nn.Sequential(*layers)
         self.chain_out = IntegerConv(
             n.chain, pixels, 1, out_exponent=CHAIN_OUT_EXPONENT, low=-128, high=127,
-            weight_peak=CHAIN_PEAK, half_even=True,
+            weight_peak=CHAIN_PEAK,
         )  # fmt: skip
         nn.init.zeros_(self.chain_out.weight)
 

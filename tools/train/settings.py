@@ -27,12 +27,14 @@ class NetworkSettings:
         (0, 16, 1),
         (0, 16, 2),
         (0, 16, 3),
-        (16, 48, 0),
+        (16, 48, 1),
+        (16, 48, 2),
+        (16, 48, 3),
         (64, 128, 0),
         (192, 256, 0),
         (448, 320, 0),
     )
-    mean_stages: int = 5
+    mean_stages: int = 6
     context_channels: int = 192
     z_channels: int = 32
     hyper: int = 64

@@ -20,7 +20,7 @@ from wsicodec.models.proof import (
     prove_integer,
     prove_quantised,
 )
-from wsicodec.models.session import GraphRunner
+from wsicodec.models.session import GraphRunner, IntegerRunner
 
 KIND = "decoder"
 Z_PEAK = 127
@@ -185,8 +185,8 @@ class DecoderModel:
                 raise ModelError("a model tensor is not finite")
         self._graphs = file.graphs
         self._prove(file)
-        self.hyper = GraphRunner(file.graph("hyper"))
-        self.stages = [GraphRunner(file.graph(f"stage{k}")) for k in range(len(a.stages))]
+        self.hyper = IntegerRunner(file.graph("hyper"))
+        self.stages = [IntegerRunner(file.graph(f"stage{k}")) for k in range(len(a.stages))]
         self.chain = GraphRunner(file.graph("chain"))
         self._linear: dict[int, GraphRunner] = {}
 

@@ -58,8 +58,9 @@ _ATTRIBUTES: Mapping[str, Mapping[str, int]] = {
 class Range:
     """Smallest and largest integer of each channel of a tensor. low, high: (channels,)
 
-    whole: False between a power-of-two scaling and its Floor. rounded: False between a Conv and
-    its Round. zoom: extent of its grid, in multiples of the coarsest input's. kind: element type.
+    whole: False between a power-of-two scaling and its Floor or Round.
+    rounded: False between a Conv and its Round.
+    zoom: extent of its grid, in multiples of the coarsest input's. kind: element type.
     """
 
     low: Bounds
@@ -251,9 +252,8 @@ def _step(
     if x.kind != FLOAT:
         raise ModelError(f"{what}: {kind} on a tensor that was cast")
     if kind == "Round":
-        if not x.whole:
-            raise ModelError(f"{what}: Round on values that are not whole")
-        return x.now(x.low, x.high, rounded=True)
+        # of sums: removes a kernel's error; of scaled values: half to even, in place of Floor
+        return x.now(np.rint(x.low), np.rint(x.high), rounded=True, whole=True)
     if not x.rounded:
         raise ModelError(f"{what}: {kind} on sums of a Conv that no Round follows")
     if kind == "Conv":
