@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -180,3 +187,27 @@ def test_bad_tables_are_refused(tables: SymbolTables, fault: str) -> None:
         radii, cdf = radii[:4], cdf[:4]
     with pytest.raises(ModelError):
         SymbolTables(radii, cdf)
+
+
+def test_caches_follow_the_sources(tmp_path: Path) -> None:
+    """Code compiled from other sources must not be taken from the cache, even when numba's own
+    stamp (time and size of one file) is the same."""
+    script = (
+        "from wsicodec.entropy import kernel, tables; import numpy as np;"
+        "t = tables.tables_from_weights([np.ones(4)] * 55); e = kernel.Encoder(t, 4);"
+        "c = np.full(500, 50, np.uint8); s = np.arange(-250, 250, dtype=np.int32);"
+        "e.put(s, c); d = kernel.Decoder(e.finish(), t, 4); assert (d.get(c) == s).all()"
+    )
+    root = Path(__file__).parents[1]
+    copy = tmp_path / "wsicodec"
+    shutil.copytree(root / "wsicodec", copy, ignore=shutil.ignore_patterns("__pycache__", "*.svs"))
+    stamps = {}
+    for bits in ("4", "2"):
+        source = copy / "entropy" / "tables.py"
+        text = re.sub(r"COARSE_BITS = \d", f"COARSE_BITS = {bits}", source.read_text())
+        source.write_text(text)
+        for file in copy.rglob("*.py"):
+            os.utime(file, (1_580_601_600, 1_580_601_600))
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+        stamps[bits] = {p.name for p in (copy / "entropy" / "__pycache__").glob("*.nbi")}
+    assert stamps["4"] < stamps["2"]

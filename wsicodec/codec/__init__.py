@@ -23,6 +23,8 @@ CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
 
 Buffer = bytes | bytearray | memoryview
 DEVICES = ("auto", "cpu", "cuda")
+BATCH_PIXELS = 2**19
+"""Pixels that one run of the networks takes at most: eight tiles of 256."""
 
 
 def codec_named(name: str) -> Codec:
@@ -120,12 +122,49 @@ def decode_batch(
     elif out is not None:
         raise SettingsError("out= needs tiles of one size")
 
-    def one(index: int) -> Image:
-        return decode(streams[index], out=None if target is None else target[index])
+    results: list[Image | None] = [None] * len(streams)
 
-    with ThreadPoolExecutor(min(workers, len(streams))) as pool:
-        images = list(pool.map(one, range(len(streams))))
-    return images if target is None else target
+    def run(group: list[int]) -> None:
+        outs = None if target is None else [target[i] for i in group]
+        for i, image in zip(group, _decode_group([streams[i] for i in group], outs), strict=True):
+            results[i] = image
+
+    groups = _groups(streams, workers)
+    if workers == 1 or len(groups) == 1:
+        for group in groups:
+            run(group)
+    else:
+        with ThreadPoolExecutor(min(workers, len(groups))) as pool:
+            list(pool.map(run, groups))
+    return [r for r in results if r is not None] if target is None else target
+
+
+def _groups(streams: Sequence[bytes], workers: int) -> list[list[int]]:
+    """Indices of streams that networks may decode in one run: learned tiles of one model, size and
+    number of stages, at most ``BATCH_PIXELS``, and no fewer groups than there are workers."""
+    alike: dict[object, list[int]] = {}
+    for i, stream in enumerate(streams):
+        key: object = i
+        if bitstream.is_tile(stream):
+            tile = bitstream.parse(stream)
+            if tile.learned is not None:
+                key = (tile.learned.model, tile.learned.stages, tile.height, tile.width)
+        alike.setdefault(key, []).append(i)
+    groups = []
+    for key, members in alike.items():
+        most = 1
+        if isinstance(key, tuple):
+            most = max(1, min(BATCH_PIXELS // (key[2] * key[3]), -(-len(members) // workers)))
+        groups += [members[i : i + most] for i in range(0, len(members), most)]
+    return groups
+
+
+def _decode_group(streams: list[bytes], outs: list[Image] | None) -> list[Image]:
+    if len(streams) == 1:
+        return [decode(streams[0], out=None if outs is None else outs[0])]
+    from wsicodec.codec.learned import decode_alike
+
+    return decode_alike(streams, outs)
 
 
 def probe(data: Buffer) -> TileInfo:

@@ -1,13 +1,13 @@
 """One cell of a learned tile: symbols <-> latents, the same steps for encoder and decoder.
 
 A cell is at most 512 x 512 pixels. Encoder and decoder differ in one thing only: where symbols
-come from, the quantiser or the stream. Everything else, ``code_cell``, they share, so they cannot
+come from, the quantiser or the stream. Everything else, ``code_cells``, they share, so they cannot
 drift apart. docs/format.md, "Learned payload", gives the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +50,9 @@ STEPS = steps_of_gains()
 
 @compiled
 def _dequantise(
-    symbols,
-    means,
-    lattice,
-    gains,
-    octave,
-    mean_factor,
-    context_factor,
-    inverse_gain,
-    steps,
-    y,
-    context,
-):
+    symbols, means, lattice, gains, octave, mean_factor, context_factor, inverse_gain, steps,
+    y, context
+):  # fmt: skip
     """Symbols of one stage to latents ``y`` (channels, positions) and context integers, on the
     positions of its lattice.
 
@@ -70,31 +61,44 @@ def _dequantise(
     channels, positions = symbols.shape
     with_mean = means.shape[0] > 0
     with_context = context.shape[0] > 0
+    # what depends on the position alone
+    where = np.empty(positions, np.int32)
+    size = np.empty(positions, np.float32)
+    mean_octave = np.empty(positions, np.int64)
+    context_octave = np.empty(positions, np.int64)
+    context_shift = np.empty(positions, np.int64)
+    used = 0
+    for p in range(positions):
+        if lattice[p]:
+            e = np.int64(gains[p])
+            r = 255 - e
+            where[used] = p
+            size[used] = steps[e] * np.float32(1 / 16)
+            mean_octave[used] = octave[e & 31] << (e >> 5)  # then all shifts are by 31
+            context_octave[used] = octave[r & 31]
+            context_shift[used] = 35 - (r >> 5)
+            used += 1
     for c in range(channels):
-        scale = inverse_gain[c] * np.float32(1 / 16)
-        for p in range(positions):
-            if not lattice[p]:
-                continue
+        scale = inverse_gain[c]
+        for i in range(used):
+            p = where[i]
             q = np.int64(symbols[c, p])
             if q > SYMBOL_PEAK or q < -SYMBOL_PEAK:
                 return False
             v = q * 16
-            e = np.int64(gains[p])
-            if with_mean and means[c, p] != 0:
-                shift = 31 - (e >> 5)
-                product = np.int64(means[c, p]) * mean_factor[c] * octave[e & 31]
-                v += (product + (np.int64(1) << (shift - 1))) >> shift
+            if with_mean:
+                m = np.int64(means[c, p]) * mean_factor[c] * mean_octave[i]
+                v += (m + (np.int64(1) << 30)) >> 31
             if v == 0:
                 y[c, p] = np.float32(0)
                 if with_context:
                     context[c, p] = np.float32(0)
                 continue
-            y[c, p] = np.float32(v) * scale * steps[e]
+            y[c, p] = np.float32(v) * scale * size[i]
             if with_context:
-                r = 255 - e
-                shift = 35 - (r >> 5)
-                k = (v * context_factor[c] * octave[r & 31] + (np.int64(1) << (shift - 1))) >> shift
-                context[c, p] = np.float32(min(max(k, -127), 127))
+                shift = context_shift[i]
+                k = v * context_factor[c] * context_octave[i] + (np.int64(1) << (shift - 1))
+                context[c, p] = np.float32(min(max(k >> shift, -127), 127))
     return True
 
 
@@ -163,23 +167,22 @@ def _assemble(linear, correction, gains, steps, columns, out):
     """Pixels: round(linear + correction * step / 64), clipped to 0 ... 255, cropped to ``out``.
 
     linear: (positions, 768) float32, correction: (positions, 768) int8, block samples in (row,
-    column, colour) order; out: (height, width, 3) uint8.
+    column, colour) order; out: (height, width * 3) uint8.
     """
-    height, width = out.shape[:2]
+    height, width = out.shape
     for i in range((height + 15) // 16):
         rows = min(16, height - 16 * i)
         for j in range(columns):
-            used = min(16, width - 16 * j)
+            used = min(48, width - 48 * j)
             p = i * columns + j
             scale = steps[gains[p]] * np.float32(1 / 64)
             for a in range(rows):
-                target = out[16 * i + a]
-                for b in range(used):
-                    n = (a * 16 + b) * 3
-                    for k in range(3):
-                        x = linear[p, n + k] + np.float32(correction[p, n + k]) * scale
-                        x = np.rint(min(max(x, np.float32(0)), np.float32(255)))
-                        target[16 * j + b, k] = np.uint8(x)
+                target = out[16 * i + a, 48 * j : 48 * j + used]
+                base = linear[p, 48 * a : 48 * a + used]
+                change = correction[p, 48 * a : 48 * a + used]
+                for n in range(used):
+                    x = base[n] + np.float32(change[n]) * scale
+                    target[n] = np.uint8(np.rint(min(max(x, np.float32(0)), np.float32(255))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,59 +228,72 @@ _NO_MEANS = np.zeros((0, 0), np.int16)
 _NO_FACTOR = np.zeros(0, np.int64)
 
 
-def code_cell(
-    model: DecoderModel,
-    gain: int,
-    stages: int,
-    shape: CellShape,
-    hyper_source: HyperSource,
-    stage_source: StageSource,
-) -> CellLatents:
-    """Walk through a cell's symbols in coding order; the sources encode or decode them."""
+@dataclass(frozen=True, eq=False)
+class CellJob:
+    """A cell to code: its gain index and where its symbols come from."""
+
+    gain: int
+    hyper_source: HyperSource
+    stage_source: StageSource
+
+
+def code_cells(
+    model: DecoderModel, jobs: Sequence[CellJob], stages: int, shape: CellShape
+) -> list[CellLatents]:
+    """Walk through the symbols of cells of one shape in coding order, all cells at once.
+
+    The sources encode or decode the symbols. A batch gives what its cells give one by one: the
+    networks are exact.
+    """
     a = model.architecture
     if stages > len(a.stages):
         raise FormatError(f"tile has {stages} stages, its model {len(a.stages)}")
     rows, columns = shape.latents
     z_rows, z_columns = shape.hyper
-    positions = rows * columns
-    z_classes = np.empty((a.z_channels, z_rows, z_columns), np.uint8)
-    z_classes[...] = model.z_classes[gain][:, None, None]
-    z = hyper_source(z_classes)
+    positions, count = rows * columns, len(jobs)
+    z = np.empty((count, a.z_channels, z_rows, z_columns), np.float32)
+    plane = np.empty((count, 1, 2 * z_rows, 2 * z_columns), np.float32)
+    for n, job in enumerate(jobs):
+        z_classes = np.empty(z.shape[1:], np.uint8)
+        z_classes[...] = model.z_classes[job.gain][:, None, None]
+        z[n] = job.hyper_source(z_classes)
+        plane[n] = job.gain
     if np.abs(z).max() > Z_PEAK:
         raise FormatError("a hyper-latent is beyond its range")
-    plane = np.full((1, 1, 2 * z_rows, 2 * z_columns), gain, np.float32)
-    h, step = model.hyper({"z": z[None].astype(np.float32), "plane": plane})
+    h, step = model.hyper({"z": z, "plane": plane})
     h = np.ascontiguousarray(h[:, :, :rows, :columns])
-    delta = step[0, 0, :rows, :columns].astype(np.int64)
+    delta = step[:, :, :rows, :columns].astype(np.int64)
     assert np.abs(delta).max() <= STEP_PEAK  # proved when the model was loaded
-    effective = np.clip(gain + delta, 0, 255)
-    gains = effective.astype(np.uint8).reshape(positions)
-    plane = effective.astype(np.float32)[None, None]
-    y = np.zeros((a.channels_of(stages), positions), np.float32)
-    context = np.zeros((a.context_channels, positions), np.float32)
-    grid = context.reshape(1, a.context_channels, rows, columns)
+    effective = np.clip(plane[:, :, :rows, :columns].astype(np.int64) + delta, 0, 255)
+    gains = effective.astype(np.uint8).reshape(count, positions)
+    plane = effective.astype(np.float32)
+    y = np.zeros((count, a.channels_of(stages), positions), np.float32)
+    context = np.zeros((count, a.context_channels, positions), np.float32)
+    grid = context.reshape(count, a.context_channels, rows, columns)
     for k, stage in enumerate(a.stages[:stages]):
         inputs = {"h": h, "plane": plane}
         if k:
             inputs["context"] = grid[:, : a.seen(k)]
         outputs = model.stages[k](inputs)
-        classes = outputs[0].reshape(stage.count, positions)
-        means = outputs[1].reshape(stage.count, positions) if k < a.mean_stages else _NO_MEANS
         lattice = lattice_mask(stage.lattice, rows, columns)
-        if stage.lattice:
-            classes *= lattice  # class 0: neither coded nor decoded
-        symbols = stage_source(k, classes, means, gains)
-        fine = _dequantise(
-            symbols, means, lattice, gains, OCTAVE_TABLE,
-            model.mean_factor[stage.channels] if k < a.mean_stages else _NO_FACTOR,
-            model.context_factor[stage.channels],
-            model.inverse_gain[stage.channels],
-            STEPS, y[stage.channels],
-            context[stage.channels] if stage.first < a.context_channels else context[:0],
-        )  # fmt: skip
-        if not fine:
-            raise FormatError("a symbol is beyond the format's range")
-    return CellLatents(shape, stages, y, context, gains)
+        with_means, with_context = k < a.mean_stages, stage.first < a.context_channels
+        for n, job in enumerate(jobs):
+            classes = outputs[0][n].reshape(stage.count, positions)
+            means = outputs[1][n].reshape(stage.count, positions) if with_means else _NO_MEANS
+            if stage.lattice:
+                classes *= lattice  # class 0: neither coded nor decoded
+            symbols = job.stage_source(k, classes, means, gains[n])
+            fine = _dequantise(
+                symbols, means, lattice, gains[n], OCTAVE_TABLE,
+                model.mean_factor[stage.channels] if with_means else _NO_FACTOR,
+                model.context_factor[stage.channels],
+                model.inverse_gain[stage.channels],
+                STEPS, y[n, stage.channels],
+                context[n, stage.channels] if with_context else context[n, :0],
+            )  # fmt: skip
+            if not fine:
+                raise FormatError("a symbol is beyond the format's range")
+    return [CellLatents(shape, stages, y[n], context[n], gains[n]) for n in range(count)]
 
 
 def quantise_stage(
@@ -321,16 +337,25 @@ def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.
     return linear
 
 
-def synthesise(model: DecoderModel, cell: CellLatents, out: Image) -> None:
-    """Pixels of a cell into ``out`` (height, width, 3)."""
-    rows, columns = cell.shape.latents
-    linear = inverse_transform(model, cell)
-    context = np.empty((1, len(cell.context) + 1, rows, columns), np.uint8)
-    context[0, :-1] = cell.context.reshape(-1, rows, columns) + 128
-    # the gain plane on the same grid: clip(E - 128, -127, 127) + 128
-    context[0, -1] = np.maximum(cell.gains.reshape(rows, columns), 1)
-    correction = model.chain({"context": context})[0]
-    _assemble(linear, correction.reshape(-1, SAMPLES), cell.gains, STEPS, columns, out)
+def synthesise(model: DecoderModel, cells: Sequence[CellLatents], outs: Sequence[Image]) -> None:
+    """Pixels of cells of one shape into ``outs``, (height, width, 3) each."""
+    rows, columns = cells[0].shape.latents
+    channels = model.architecture.context_channels
+    context = np.empty((len(cells), channels + 1, rows, columns), np.uint8)
+    for n, cell in enumerate(cells):
+        context[n, :-1] = cell.context.reshape(-1, rows, columns) + 128
+        # the gain plane on the same grid: clip(E - 128, -127, 127) + 128
+        context[n, -1] = np.maximum(cell.gains.reshape(rows, columns), 1)
+    corrections = model.chain({"context": context})[0]
+    for cell, correction, out in zip(cells, corrections, outs, strict=True):
+        linear = inverse_transform(model, cell)
+        block = correction.reshape(-1, SAMPLES)
+        if out.flags.c_contiguous:
+            _assemble(linear, block, cell.gains, STEPS, columns, out.reshape(len(out), -1))
+        else:  # a cell within a larger tile
+            whole = np.empty((cell.shape.height, 3 * cell.shape.width), np.uint8)
+            _assemble(linear, block, cell.gains, STEPS, columns, whole)
+            out[...] = whole.reshape(out.shape)
 
 
 def cells_of(height: int, width: int) -> list[tuple[int, int, CellShape]]:

@@ -97,6 +97,20 @@ class LearnedCodec:
         )
 
 
+def decode_alike(streams: list[bytes], outs: list[Image] | None) -> list[Image]:
+    """Pixels of learned tiles of one model, size and number of stages, decoded together."""
+    from wsicodec.codec.network import decode_tiles
+
+    tiles = [bitstream.parse(s) for s in streams]
+    first = tiles[0]
+    assert first.learned is not None
+    if outs is None:
+        outs = [np.empty((t.height, t.width, 3), np.uint8) for t in tiles]
+    with compute_slot():
+        decode_tiles(tiles, decoder_of_prefix(first.learned.model), outs)
+    return outs
+
+
 def _quality_of(prefix: str, gain: int) -> int | None:
     """The lowest quality whose gain is at least ``gain``, where the encoder is installed."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from wsicodec.codec.adaptive import adaptive_steps
 from wsicodec.codec.cell import (
     BLOCK,
     STEPS,
+    CellJob,
     CellShape,
+    StageSource,
     cells_of,
-    code_cell,
+    code_cells,
     quantise_stage,
     synthesise,
 )
@@ -52,20 +55,41 @@ class Search:
 
 def decode_tile(tile: Tile, model: DecoderModel) -> Image:
     """Pixels of a learned tile."""
-    assert tile.learned is not None
-    header = tile.learned
-    if header.model != model.digest[:4]:
-        raise UnknownModelError(f"tile was coded with model {header.model.hex()}, not {model.name}")
-    stream = Decoder(tile.payload, model.tables, 1 << header.lanes_log2)
     out = np.empty((tile.height, tile.width, 3), np.uint8)
-    for top, left, shape in cells_of(tile.height, tile.width):
-        cell = code_cell(
-            model, header.gain, header.stages, shape,
-            stream.get, lambda _k, classes, _m, _g: stream.get(classes),
-        )  # fmt: skip
-        synthesise(model, cell, out[top : top + shape.height, left : left + shape.width])
-    stream.finish()
+    decode_tiles([tile], model, [out])
     return out
+
+
+def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Image]) -> None:
+    """Pixels of learned tiles of one size and number of stages into ``outs``.
+
+    Networks run once for all tiles. Raises as soon as one tile is at fault.
+    """
+    streams, headers = [], []
+    for tile in tiles:
+        assert tile.learned is not None
+        header = tile.learned
+        if header.model != model.digest[:4]:
+            raise UnknownModelError(
+                f"tile was coded with model {header.model.hex()}, not {model.name}"
+            )
+        headers.append(header)
+        streams.append(Decoder(tile.payload, model.tables, 1 << header.lanes_log2))
+    jobs = [
+        CellJob(header.gain, stream.get, _classes_alone(stream))
+        for header, stream in zip(headers, streams, strict=True)
+    ]
+    for top, left, shape in cells_of(tiles[0].height, tiles[0].width):
+        cells = code_cells(model, jobs, headers[0].stages, shape)
+        views = [o[top : top + shape.height, left : left + shape.width] for o in outs]
+        synthesise(model, cells, views)
+    for stream in streams:
+        stream.finish()
+
+
+def _classes_alone(stream: Decoder) -> StageSource:
+    """Decoders need of a stage its classes alone."""
+    return lambda _k, classes, _means, _gains: stream.get(classes)
 
 
 def encode_tile(
@@ -133,7 +157,7 @@ def quantise_cell(
         coded.append((symbols, classes))
         return symbols
 
-    code_cell(model, gain, stages, shape, hyper_source, stage_source)
+    code_cells(model, [CellJob(gain, hyper_source, stage_source)], stages, shape)
     return coded
 
 

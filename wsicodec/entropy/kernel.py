@@ -7,8 +7,12 @@ directory where that is read-only).
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -16,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsicodec.entropy.tables import (
+    COARSE_BITS,
     LENGTH_BITS,
     MAX_MAGNITUDE_BITS,
     PROBABILITY_BITS,
@@ -34,8 +39,25 @@ _ENCODE_SHIFT = 32 - PROBABILITY_BITS
 _MOST_STEPS = 6  # of one symbol: table, length, two of magnitude, sign, raw bits
 
 
+@functools.cache
+def _fingerprint() -> str:
+    """Hash of the sources that compiled code depends on.
+
+    numba looks at one file's time and size. Wheels have constant times, and kernels use constants
+    of other modules: code cached by one release could answer for the next.
+    """
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for name in ("entropy/kernel.py", "entropy/tables.py", "codec/cell.py"):
+        with contextlib.suppress(OSError):  # in an archive: numba keeps no cache there either
+            digest.update((package / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def compiled(function: F) -> F:
     """``numba.njit`` without the GIL, cached on disk where any cache directory can be written."""
+    # names the cache's files
+    function.__qualname__ = f"{function.__qualname__}_{_fingerprint()}"
     try:
         return cast(F, numba.njit(cache=True, nogil=True, boundscheck=False)(function))
     except RuntimeError:  # numba: no locator available, i.e. nowhere to keep a cache
@@ -56,9 +78,17 @@ def _decode(classes, out, words, cursor, states, slots, cdf, radii, class_table,
         t = class_table[c]
         x = states[lane]
         slot = x & np.uint32(_MASK)
-        index = slots[t, slot]
+        radius = radii[t]
+        # the value 0 first: it is the commonest, and its interval is at hand
+        index = np.int64(radius)
         start = np.uint32(cdf[t, index])
         frequency = np.uint32(cdf[t, index + 1]) - start
+        if np.uint32(slot - start) >= frequency:
+            index = np.int64(slots[t, slot >> np.uint32(COARSE_BITS)])
+            while np.uint32(cdf[t, index + 1]) <= slot:
+                index += 1
+            start = np.uint32(cdf[t, index])
+            frequency = np.uint32(cdf[t, index + 1]) - start
         x = np.uint32(frequency * (x >> np.uint32(PROBABILITY_BITS)) + slot - start)
         if x < LOW:
             if position >= end:

@@ -17,6 +17,7 @@ from wsicodec.errors import ModelError
 
 PROBABILITY_BITS = 14
 TOTAL = 1 << PROBABILITY_BITS
+COARSE_BITS = 4
 CLASSES = 128
 OCTAVE = 8
 MAX_RADIUS = 126  # 2 * radius + 2 symbols fit in a byte
@@ -58,12 +59,16 @@ class SymbolTables:
 
     @cached_property
     def slots(self) -> npt.NDArray[np.uint8]:
-        """(T, 2**14): the symbol that owns each slot of the probability range."""
-        slots = np.empty((len(self.radii), TOTAL), np.uint8)
+        """(T, 2**10): the symbol that owns the first of every 16 slots of the probability range.
+
+        A table of all slots would take a megabyte, and a cache miss for most symbols.
+        """
+        step = 1 << COARSE_BITS
+        slots = np.empty((len(self.radii), TOTAL // step), np.uint8)
         for t, radius in enumerate(self.radii):
             edges = self.cdf[t, : 2 * int(radius) + 3].astype(np.int64)
             counts = edges[1:] - edges[:-1]
-            slots[t] = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
+            slots[t] = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)[::step]
         return slots
 
     @cached_property
