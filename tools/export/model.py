@@ -45,7 +45,10 @@ def load_network(checkpoint: str) -> tuple[TileNetwork, dict[str, Any]]:
     """The averaged network of a checkpoint, and the checkpoint's other contents."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     net = TileNetwork(NetworkSettings.from_dict(state["network"]))
-    net.load_state_dict({k: v.float() for k, v in state["average"].items()})
+    weights = {k: v.float() for k, v in state["average"].items()}
+    if "inverse" not in weights:
+        weights["inverse"] = torch.linalg.pinv(weights["basis"].double()).float()
+    net.load_state_dict(weights)
     return net.eval(), state
 
 

@@ -37,6 +37,17 @@ def learning_rate_factor(step: int, progress: float, settings: TrainSettings) ->
     return warm * (0.5 * (1 + math.cos(math.pi * min(1, (progress - start) / (1 - start)))) + 0.01)
 
 
+def slim(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint to keep and to start from: the moving average alone, in float16 but for the
+    transform, without what can be computed from it."""
+    average = {
+        k: v.cpu() if k in ("basis", "mean", "deviation") else v.cpu().half()
+        for k, v in state["average"].items()
+        if k != "inverse"
+    }
+    return {**{k: state[k] for k in ("network", "train", "step", "elapsed")}, "average": average}
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint so that a killed process leaves the old one or the new one."""
     part = path.with_suffix(path.suffix + ".part")
@@ -89,6 +100,8 @@ class Run:
                 # a stage that lost its means sees magnitudes alone: the second half
                 half = rest == "reduce.weight" and wanted and 2 * wanted[0] == value.shape[1]
                 renamed[name] = value[:, value.shape[1] // 2 :] if half else value
+        if "inverse" not in renamed:
+            renamed["inverse"] = torch.linalg.pinv(renamed["basis"].double()).float()
         fitting = {k: v for k, v in renamed.items() if k in mine and mine[k].shape == v.shape}
         self.net.load_state_dict({**mine, **fitting})
         print(f"took over {len(fitting)} of {len(mine)} tensors")
@@ -223,7 +236,7 @@ def bar(share: float, width: int = 20) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.train", description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of images, or a pack made by --pack")
+    parser.add_argument("--data", help="folder of images, or a pack made by --pack")
     parser.add_argument("--out", required=True, help="checkpoint; resumed when it exists")
     parser.add_argument("--start-from", metavar="CHECKPOINT", help="weights to begin with")
     parser.add_argument("--minutes", type=float, default=30)
@@ -238,12 +251,21 @@ def main(argv: list[str] | None = None) -> int:
         "--pack", metavar="MANIFEST", help="instead of training: pack --data into --out (.zip)"
     )
     parser.add_argument("--pack-mib", type=float, default=45)
+    parser.add_argument(
+        "--slim", metavar="CHECKPOINT", help="instead of training: write a small one to --out"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.slim:
+        state = torch.load(arguments.slim, map_location="cpu", weights_only=True)
+        save(Path(arguments.out), slim(state))
+        return 0
     if arguments.pack:
         size = int(arguments.pack_mib * 2**20)
         count = write_pack(Path(arguments.data), Path(arguments.pack), Path(arguments.out), size)
         print(f"{count} images packed")
         return 0
+    if not arguments.data:
+        parser.error("--data is needed to train")
     train(arguments)
     return 0
 
