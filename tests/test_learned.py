@@ -173,3 +173,24 @@ def test_steps_are_finer_in_flat_areas() -> None:
     assert steps.shape == (1, 2)
     assert steps[0, 0] > 0 > steps[0, 1]
     assert not adaptive_steps(image, 0).any()
+
+
+def test_default_quality_keeps_ssim_on_tissue() -> None:
+    """The promise of quality 70, on images of sources that the model never saw."""
+    import os
+    from pathlib import Path
+
+    import imagecodecs
+
+    folder = Path(os.environ.get("WSICODEC_DATA", "../shared/data")) / "val"
+    files = sorted(folder.glob("*"))
+    if not files:
+        pytest.skip(f"no validation images in {folder}")
+    values = []
+    for file in files:
+        image = imagecodecs.imread(file)[..., :3]
+        for y in range(0, image.shape[0] - 255, 256):
+            for x in range(0, image.shape[1] - 255, 256):
+                tile = np.ascontiguousarray(image[y : y + 256, x : x + 256])
+                values.append(ssim(tile, wsicodec.decode(wsicodec.encode(tile))))
+    assert np.mean(values) >= 0.95

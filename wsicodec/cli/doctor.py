@@ -86,7 +86,7 @@ def check_tifffile() -> Check:
     code = f"import tifffile; tifffile.TIFF.DECOMPRESSORS[{TIFF_COMPRESSION_TAG}]"
     name = "tifffile hook"
     if os.environ.get("WSICODEC_AUTOLOAD") == "0":
-        detail = "WSICODEC_AUTOLOAD=0 turns it off: `import wsicodec` before reading"
+        detail = "WSICODEC_AUTOLOAD=0 turns it off: call `wsicodec.register()` before reading"
         return Check(name, True, detail)
     try:
         done = subprocess.run(
