@@ -79,16 +79,11 @@ def _decode(classes, out, words, cursor, states, slots, cdf, radii, class_table,
         x = states[lane]
         slot = x & np.uint32(_MASK)
         radius = radii[t]
-        # the value 0 first: it is the commonest, and its interval is at hand
-        index = np.int64(radius)
+        index = np.int64(slots[t, slot >> np.uint32(COARSE_BITS)])
+        while np.uint32(cdf[t, index + 1]) <= slot:
+            index += 1
         start = np.uint32(cdf[t, index])
         frequency = np.uint32(cdf[t, index + 1]) - start
-        if np.uint32(slot - start) >= frequency:
-            index = np.int64(slots[t, slot >> np.uint32(COARSE_BITS)])
-            while np.uint32(cdf[t, index + 1]) <= slot:
-                index += 1
-            start = np.uint32(cdf[t, index])
-            frequency = np.uint32(cdf[t, index + 1]) - start
         x = np.uint32(frequency * (x >> np.uint32(PROBABILITY_BITS)) + slot - start)
         if x < LOW:
             if position >= end:
