@@ -769,7 +769,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jobs=options.jobs,
         cache=options.cache,
     )
-    report["command"] = sys.argv if arguments is None else list(arguments)
+    words = sys.argv if arguments is None else list(arguments)
+    # reports are passed on: no absolute paths of the machine that made them
+    report["command"] = [Path(w).name if Path(w).is_absolute() else str(w) for w in words]
     part = options.json.with_name(options.json.name + ".part")
     part.write_text(json.dumps(report, indent=1, allow_nan=False))
     part.replace(options.json)
