@@ -22,20 +22,33 @@ import numpy as np
 
 from wsicodec.entropy.kernel import Decoder, Encoder
 from wsicodec.entropy.tables import SymbolTables
+from wsicodec.entropy.trellis import NEXT_STATE
 from wsicodec.models.store import decoder_of_prefix, find_model
 
 
-def draw(classes: np.ndarray, tables: SymbolTables, rng: np.random.Generator) -> np.ndarray:
-    """Symbols as their tables have them, escapes left out."""
-    symbols = np.zeros(len(classes), np.int32)
+def draw(
+    classes: np.ndarray, tables: SymbolTables, rng: np.random.Generator, lanes: int
+) -> np.ndarray:
+    """Levels whose indices are as their tables have them, escapes left out."""
+    indices = np.zeros((2, len(classes)), np.int64)
     for c in np.unique(classes):
-        t, raw = tables.place(int(c))
+        first, raw = tables.place(int(c))
         at = np.flatnonzero(classes == c)
-        radius = int(tables.radii[t])
-        p = np.diff(tables.cdf[t, : 2 * radius + 3].astype(float))[:-1]
-        top = rng.choice(2 * radius + 1, len(at), p=p / p.sum()) - radius
-        symbols[at] = (top << raw) + rng.integers(0, 1 << raw, len(at)) - (1 << raw >> 1)
-    return symbols
+        for quantiser in (0, 1):
+            t = first + quantiser * (len(tables.radii) // 2)
+            radius = int(tables.radii[t])
+            p = np.diff(tables.cdf[t, : 2 * radius + 3].astype(float))[:-1]
+            top = rng.choice(2 * radius + 1, len(at), p=p / p.sum()) - radius
+            low = rng.integers(0, 1 << raw, len(at)) - (1 << raw >> 1)
+            indices[quantiser, at] = (top << raw) + low
+    levels = np.empty(len(classes), np.int32)
+    states = [0] * lanes
+    for i, (even, odd) in enumerate(indices.T.tolist()):
+        state = states[i % lanes]
+        k = odd if state & 1 else even
+        levels[i] = 2 * k - (state & 1) * ((k > 0) - (k < 0))
+        states[i % lanes] = NEXT_STATE[state][k & 1]
+    return levels
 
 
 def tissue_classes(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -49,21 +62,22 @@ def tissue_classes(count: int, rng: np.random.Generator) -> np.ndarray:
     image = np.clip(170 + coarse + rng.normal(0, 6, (256, 256, 3)), 0, 255).astype(np.uint8)
     search = Search(encoder.step_strength, encoder.lagrange)
     gain = int(encoder.quality_gain[69])
-    coded = quantise_cell(image, CellShape(256, 256), decoder, encoder, gain, 4, search)
-    classes = np.concatenate([c.reshape(-1) for _, c in coded])
+    stages = len(decoder.architecture.stages) - 1
+    coded = quantise_cell(image, CellShape(256, 256), decoder, encoder, gain, stages, search)
+    classes = np.concatenate([c.reshape(-1) for _, c in coded[1:]])
     return np.resize(classes[classes > 0], count)
 
 
 def measure(classes: np.ndarray, tables: SymbolTables, lanes: int, passes: int) -> dict[str, float]:
-    symbols = draw(classes, tables, np.random.default_rng(0))
+    symbols = draw(classes, tables, np.random.default_rng(0), lanes)
     decode, encode = [], []
     for _ in range(passes + 1):
         start = time.perf_counter()
         encoder = Encoder(tables, lanes)
-        encoder.put(symbols, classes)
+        encoder.put(symbols, classes, dependent=True)
         data = encoder.finish()
         middle = time.perf_counter()
-        got = Decoder(data, tables, lanes).get(classes)
+        got = Decoder(data, tables, lanes).get(classes, dependent=True)
         end = time.perf_counter()
         encode.append(len(classes) / (middle - start) / 1e6)
         decode.append(len(classes) / (end - middle) / 1e6)
@@ -90,7 +104,7 @@ def main() -> int:
     tables = decoder_of_prefix(bytes.fromhex(find_model("he-fast").digest[:8])).tables
     mixes = {
         "tissue": tissue_classes(arguments.symbols, rng),
-        "even": rng.integers(1, len(tables.radii) + 1, arguments.symbols).astype(np.uint8),
+        "even": rng.integers(1, len(tables.radii) // 2 + 1, arguments.symbols).astype(np.uint8),
     }
     result = {
         "million_symbols_per_second": {

@@ -41,13 +41,18 @@ MODES = {0: "constant", 1: "learned", 2: "jpegxl", 3: "jpeg", 4: "jpeg2000", 5: 
 
 @dataclass
 class Cell:
-    """What one cell's symbols said, for comparison: arrays as the document names them."""
+    """What one cell's symbols said, for comparison: arrays as the document names them.
+
+    Those of a stage are (channels, positions of its lattice), in coding order.
+    """
 
     z: np.ndarray
     effective: np.ndarray
     classes: list[np.ndarray] = field(default_factory=list)
     means: list[np.ndarray | None] = field(default_factory=list)
-    q: list[np.ndarray] = field(default_factory=list)
+    quantisers: list[np.ndarray] = field(default_factory=list)
+    indices: list[np.ndarray] = field(default_factory=list)
+    levels: list[np.ndarray] = field(default_factory=list)
 
 
 @dataclass
@@ -241,42 +246,47 @@ def decode_cell(
         if k > 0:
             inputs["context"] = context[: min(before, model.context_channels)]
         outputs = run_graph(model.graphs[f"stage{k}"], inputs)
-        here = on_lattice(lattice, rows, columns)
-        classes = outputs["class"] * here
-        require(classes.shape == (count, rows, columns), "shape of class")
-        mean = outputs["mean"] if k < model.mean_stages else None
+        shape = (count, rows, columns)
+        require(outputs["class"].shape == shape, "shape of class")
+        at = lattice_positions(lattice, rows, columns)
+        classes = outputs["class"][:, *at]
+        mean = None
+        if k < model.mean_stages:
+            require(outputs["mean"].shape == shape, "shape of mean")
+            mean = outputs["mean"][:, *at]
         cell.classes.append(classes)
         cell.means.append(mean)
-        q = coder.symbols(model, classes, 2**20, cell)
-        cell.q.append(q)
+        indices, quantisers = coder.indices(model, classes, cell)
+        levels = levels_of(indices, quantisers)
+        cell.indices.append(indices)
+        cell.quantisers.append(quantisers)
+        cell.levels.append(levels)
 
+        here = effective[at]
         for i in range(count):
             c = first + i
-            value = 16 * q[i]
+            value = 8 * levels[i]
             if mean is not None:
-                value = value + mean_of_channel(model, c, mean[i], effective)
-            v[c] = np.where(here, value, v[c])
+                value = value + mean_of_channel(model, c, mean[i], here)
+            v[c][at] = value
             if c < model.context_channels:
-                mirrored = 255 - effective
+                mirrored = 255 - here
                 t = 35 - (mirrored >> 5)
-                product = v[c] * int(model.context_factor[c]) * OCTAVE[mirrored & 31]
-                x = np.clip((product + (1 << t - 1)) >> t, -127, 127)
-                context[c] = np.where(here, x, context[c])
+                product = value * int(model.context_factor[c]) * OCTAVE[mirrored & 31]
+                context[c][at] = np.clip((product + (1 << t - 1)) >> t, -127, 127)
 
         before = first + count
     return cell, synthesise(model, v, context, effective)[:h, :w]
 
 
-def on_lattice(lattice: int, rows: int, columns: int) -> np.ndarray:
-    """Section "Learned payload": which positions a lattice has."""
-    odd_row, odd_column = np.indices((rows, columns)) % 2
-    if lattice == 0:
-        return np.ones((rows, columns), bool)
-    if lattice == 1:
-        return (odd_row == 0) & (odd_column == 0)
-    if lattice == 2:
-        return (odd_row == 1) & (odd_column == 1)
-    return odd_row != odd_column
+def lattice_positions(lattice: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Section "Learned payload": rows and columns of a lattice's positions, in their order."""
+    found = [(row, column) for row in range(rows) for column in range(columns)]
+    if lattice:  # one (row, column) parity after the other
+        parities = {1: [(0, 0)], 2: [(1, 1)], 3: [(0, 1), (1, 0)]}[lattice]
+        found = [p for parity in parities for p in found if (p[0] % 2, p[1] % 2) == parity]
+    where = np.array(found, np.int64).reshape(-1, 2)
+    return where[:, 0], where[:, 1]
 
 
 def mean_of_channel(
@@ -295,12 +305,25 @@ def decode_hyper(
     down, across = math.ceil(rows / 2), math.ceil(columns / 2)
     classes = np.empty((model.z_channels, down, across), np.int64)
     classes[:] = model.z_classes[gain].astype(np.int64)[:, None, None]
-    z = coder.symbols(model, classes, 127, None)
+    z = coder.hyper_latents(model, classes)
     plane = np.full((1, 2 * down, 2 * across), gain, np.int64)
     outputs = run_graph(model.graphs["hyper"], {"z": z, "plane": plane})
     hyper = outputs["h"][:, :rows, :columns]
     step = outputs["step"][0, :rows, :columns]
     return z, hyper, np.clip(gain + step, 0, 255)
+
+
+# ------------------------------------------------------------------------------------------- Levels
+
+NEXT_STATE = {  # by parity of the index
+    0: [0, 5, 1, 6, 2, 4, 3, 7],
+    1: [2, 7, 3, 4, 0, 6, 1, 5],
+}
+
+
+def levels_of(indices: np.ndarray, quantisers: np.ndarray) -> np.ndarray:
+    """Section "Levels": indices to levels, which count half steps."""
+    return 2 * indices - quantisers * np.sign(indices)
 
 
 # ------------------------------------------------------------------------------------------- Pixels
@@ -319,7 +342,7 @@ def synthesise(
     outputs = run_graph(model.graphs["chain"], {"context": np.concatenate([context + 128, last])})
     (correction,) = outputs.values()
     require(correction.shape == (rows, columns, 768), "shape of correction")
-    block += correction * step[..., None] / 64
+    block += (correction - 128) * step[..., None] / 64
     block = block.reshape(rows, columns, 16, 16, 3)
     return block.transpose(0, 2, 1, 3, 4).reshape(16 * rows, 16 * columns, 3)
 
@@ -327,11 +350,11 @@ def synthesise(
 # ------------------------------------------------------------------------------------ Symbol tables
 
 
-def read_symbol(coder: Decoder, model: Model, symbol_class: int) -> int:
-    """Section "Symbol tables": one symbol of a class of at least 1."""
-    tables = len(model.table_radii)
+def read_symbol(coder: Decoder, model: Model, symbol_class: int, quantiser: int) -> int:
+    """Section "Symbol tables": one index of a class of at least 1."""
+    tables = len(model.table_radii) // 2
     raw = 0 if symbol_class <= tables else math.ceil((symbol_class - tables) / 8)
-    table = symbol_class - 8 * raw - 1
+    table = symbol_class - 8 * raw - 1 + quantiser * tables
     radius = int(model.table_radii[table])
     index = coder.table_symbol(model.table_cdf[table][: 2 * radius + 3])
     if index <= 2 * radius:
@@ -349,7 +372,7 @@ def read_symbol(coder: Decoder, model: Model, symbol_class: int) -> int:
 
 
 class Decoder:
-    """Section "rANS": the steps of a payload."""
+    """Section "rANS": the steps of a payload, all of a symbol in one lane."""
 
     def __init__(self, payload: bytes, lanes: int) -> None:
         require(len(payload) >= 4 * lanes, "payload shorter than its states")
@@ -359,39 +382,57 @@ class Decoder:
         rest = payload[4 * lanes :]
         self.words = struct.unpack(f"<{len(rest) // 2}H", rest)
         self.word = 0
-        self.step = 0
+        self.symbol = 0
+        """Number of the symbol that is being read; those of class 0 have none."""
 
-    def symbols(
-        self, model: Model, classes: np.ndarray, limit: int, cell: Cell | None
-    ) -> np.ndarray:
-        """Section "Learned payload": the symbols of one array in array order.
+    def hyper_latents(self, model: Model, classes: np.ndarray) -> np.ndarray:
+        """Section "Hyper-latents": symbols of quantiser 0, which change no state."""
+        z = np.zeros(classes.shape, np.int64)
+        for place, symbol_class in np.ndenumerate(classes):
+            require(1 <= symbol_class <= 127, "class of a hyper-latent")
+            z[place] = read_symbol(self, model, int(symbol_class), 0)
+            require(abs(z[place]) <= 127, "hyper-latent beyond its limit")
+            self.symbol += 1
+        return z
 
-        ``cell`` is what is known of the cell so far, None for its hyper-latents. It does not
-        matter here; tools/make_conformance.py puts in an object that chooses symbols by it.
+    def indices(
+        self, model: Model, classes: np.ndarray, cell: Cell | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sections "Stages" and "Levels": indices of one stage's array, and their quantisers.
+
+        ``cell`` is what is known of the cell so far. It does not matter here;
+        tools/make_conformance.py puts in an object that chooses indices by it.
         """
-        q = np.zeros(classes.shape, np.int64)
-        flat = q.reshape(-1)
-        for i, symbol_class in enumerate(classes.reshape(-1).tolist()):
+        found = np.zeros(classes.shape, np.int64)
+        quantisers = np.zeros(classes.shape, np.int64)
+        states = [0] * len(self.states)
+        for place, symbol_class in np.ndenumerate(classes):
             require(0 <= symbol_class <= 127, "class")
-            if symbol_class:
-                value = read_symbol(self, model, symbol_class)
-                require(abs(value) <= limit, "symbol beyond its limit")
-                flat[i] = value
-        return q
+            if symbol_class == 0:
+                continue
+            lane = self.lane()
+            quantisers[place] = states[lane] & 1
+            k = read_symbol(self, model, int(symbol_class), states[lane] & 1)
+            require(abs(k) <= 2**20, "index beyond its limit")
+            found[place] = k
+            states[lane] = NEXT_STATE[k % 2][states[lane]]
+            self.symbol += 1
+        return found, quantisers
+
+    def lane(self) -> int:
+        return self.symbol % len(self.states)
 
     def advance(self, start: int, frequency: int) -> None:
-        lane = self.step % len(self.states)
-        x = self.states[lane]
+        x = self.states[self.lane()]
         x = frequency * (x // 2**14) + x % 2**14 - start
         if x < 2**16:
             require(self.word < len(self.words), "words end early")
             x = x * 2**16 + self.words[self.word]
             self.word += 1
-        self.states[lane] = x
-        self.step += 1
+        self.states[self.lane()] = x
 
     def slot(self) -> int:
-        return self.states[self.step % len(self.states)] % 2**14
+        return self.states[self.lane()] % 2**14
 
     def table_symbol(self, cumulative: list[int]) -> int:
         slot = self.slot()
@@ -470,16 +511,22 @@ def read_model(file: bytes) -> Model:
     channels = check_stages(stages)
     require(architecture["block"] == 16, "block")
     radii = tensors["table_radii"].tolist()
-    require(15 <= len(radii) <= 127 and all(1 <= r <= 126 for r in radii), "radii")
+    require(len(radii) % 2 == 0 and 15 <= len(radii) // 2 <= 127, "number of tables")
+    require(all(1 <= r <= 126 for r in radii), "radii")
     cdf = tensors["table_cdf"].tolist()
-    require(len(cdf) == len(radii), "tables")
+    require(tensors["table_cdf"].shape == (len(radii), 2 * max(radii) + 3), "tables")
     for r, row in zip(radii, cdf, strict=True):
         used = row[: 2 * r + 3]
         require(used[0] == 0 and used[-1] == 16384, "table ends")
         require(all(a < b for a, b in itertools.pairwise(used)), "table order")
         require(all(value == 16384 for value in row[2 * r + 3 :]), "table padding")
-    require(tensors["z_classes"].shape == (256, architecture["z_channels"]), "z_classes")
+    z_classes = tensors["z_classes"]
+    require(z_classes.shape == (256, architecture["z_channels"]), "z_classes")
+    require(bool(np.all((z_classes >= 1) & (z_classes <= 127))), "a class of z_classes")
     require(tensors["basis"].shape == (channels, 768), "basis")
+    require(set(graphs) >= {"hyper", "chain", *(f"stage{k}" for k in range(len(stages)))}, "graphs")
+    for name, graph in graphs.items():
+        check_types(name, graph)
     return Model(
         stages=stages,
         mean_stages=architecture["mean_stages"],
@@ -488,7 +535,7 @@ def read_model(file: bytes) -> Model:
         hyper=architecture["hyper"],
         table_radii=radii,
         table_cdf=cdf,
-        z_classes=tensors["z_classes"],
+        z_classes=z_classes,
         mean_factor=tensors["mean_factor"],
         context_factor=tensors["context_factor"],
         inverse_gain=tensors["inverse_gain"],
@@ -514,6 +561,24 @@ def check_stages(stages: list[list[int]]) -> int:
 
 
 # --------------------------------------------------------------------------------- Integer networks
+
+TYPES = {  # of what graphs give
+    "h": onnx.TensorProto.FLOAT,
+    "step": onnx.TensorProto.INT8,
+    "class": onnx.TensorProto.UINT8,
+    "mean": onnx.TensorProto.INT16,
+}
+
+
+def check_types(name: str, model: onnx.ModelProto) -> None:
+    """Section "Integer networks": element types of inputs and outputs; "Pixels" for ``chain``."""
+    chain = name == "chain"
+    taken = onnx.TensorProto.UINT8 if chain else onnx.TensorProto.FLOAT
+    for port in model.graph.input:
+        require(port.type.tensor_type.elem_type == taken, f"type of {name}'s {port.name}")
+    for port in model.graph.output:
+        given = onnx.TensorProto.UINT8 if chain else TYPES.get(port.name)
+        require(port.type.tensor_type.elem_type == given, f"type of {name}'s {port.name}")
 
 
 @dataclass

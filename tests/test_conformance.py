@@ -22,30 +22,44 @@ import wsicodec
 from tools import make_conformance
 from wsicodec import bitstream
 from wsicodec.entropy import kernel, reference
+from wsicodec.models.decoder import load_decoder
+from wsicodec.models.store import allow_model
 
 FOLDER = Path(__file__).parent / "conformance"
 
 DECODE_LEARNED = (
+    "learned-112x144-gain128-lanes16-random",
+    "learned-144x112-gain150-lanes8",
     "learned-16x16-gain0-stages1-lanes1",
     "learned-16x16-gain255-lanes32",
     "learned-16x513-gain120-stages5-lanes2",
+    "learned-16x80-gain200-lanes8-random",
     "learned-17x31-gain90-stages2-lanes2",
     "learned-1x1-gain0-lanes32",
     "learned-1x1-gain90",
     "learned-31x17-gain1-stages3-lanes8",
+    "learned-32x32-gain160-stages2-lanes2",
+    "learned-32x48-gain10-lanes16",
     "learned-33x49-gain70-stages7",
+    "learned-48x32-gain220-stages3-lanes32",
     "learned-48x48-gain128-random",
+    "learned-48x528-gain20-lanes32-random",
     "learned-48x64-gain100-stages6-lanes2",
     "learned-513x16-gain90",
+    "learned-528x16-gain240-lanes1-random",
     "learned-64x48-gain0",
     "learned-64x48-gain128-stages4",
     "learned-64x48-gain180-lanes16",
     "learned-64x48-gain255-lanes1",
     "learned-64x48-gain90",
     "learned-64x64-gain60-random",
+    "learned-80x16-gain30-lanes1-random",
     "learned-80x48-gain40-stages1",
     "learned-80x96-gain6-random",
     "learned-96x80-gain250-random",
+    "smallest/1x1-gain0",
+    "smallest/40x50-gain255-lanes32",
+    "smallest/50x40-gain100",
 )
 DECODE_OTHERS = (
     "constant-1x1",
@@ -60,17 +74,26 @@ DECODE_OTHERS = (
 )
 CODER = (
     "coder-all-classes-lanes1",
+    "coder-all-classes-lanes16",
     "coder-all-classes-lanes2",
     "coder-all-classes-lanes32",
     "coder-all-classes-lanes4",
+    "coder-all-classes-lanes8",
     "coder-class0-lanes1",
     "coder-empty-lanes4",
     "coder-escapes-lanes4",
+    "coder-escapes-quantiser1-lanes1",
+    "coder-escapes-quantiser1-lanes4",
     "coder-escapes-raw-bits-lanes2",
+    "coder-escapes-raw-bits-quantiser1-lanes1",
+    "coder-escapes-raw-bits-quantiser1-lanes4",
+    "coder-walk-lanes1",
 )
 PACK = ("tile-constant", "tile-jpeg", "tile-learned")
-REFUSE_COUNT = 56
+REFUSE_COUNT = 61
 REFUSE = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.tile")))
+REFUSE_MODEL_COUNT = 16
+REFUSE_MODEL = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.wscm")))
 
 Read = Callable[[str], bytes]
 
@@ -83,14 +106,25 @@ def within_tolerance(pixels: np.ndarray, expected: np.ndarray) -> None:
     assert (error > 1).mean() <= 0.001
 
 
+@pytest.fixture(scope="module")
+def files(tiny_file: bytes) -> list[bytes]:
+    """The models of all vectors; this process decodes their tiles from now on."""
+    found = [tiny_file, (FOLDER / "smallest.wscm").read_bytes()]
+    for file in found:
+        allow_model(file)
+    return found
+
+
 def test_no_vector_is_missing_and_none_is_unknown() -> None:
     decode = {f"decode/{n}{s}" for n in DECODE_LEARNED + DECODE_OTHERS for s in (".tile", ".png")}
     encode = {f"encode/{n}.json" for n in CODER + PACK}
-    refuse = {f"refuse/{n}.tile" for n in REFUSE}
-    indices = {"decode/symbols.json", "refuse/errors.json", "tiny.wscm", "tiny.encoder.wscm"}
+    refuse = {f"refuse/{n}.tile" for n in REFUSE} | {f"refuse/{n}.wscm" for n in REFUSE_MODEL}
+    indices = {"decode/symbols.json", "refuse/errors.json"}
+    models = {"tiny.wscm", "tiny.encoder.wscm", "smallest.wscm"}
     found = {str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*") if p.is_file()}
-    assert found == decode | encode | refuse | indices
+    assert found == decode | encode | refuse | indices | models
     assert len(REFUSE) == REFUSE_COUNT
+    assert len(REFUSE_MODEL) == REFUSE_MODEL_COUNT
     assert set(json.loads((FOLDER / "refuse/errors.json").read_text())) == set(REFUSE)
     assert set(json.loads((FOLDER / "decode/symbols.json").read_text())) == set(DECODE_LEARNED)
 
@@ -104,57 +138,89 @@ def test_the_tiny_model_is_small_and_unchanged(tiny_file: bytes) -> None:
     assert hashlib.sha256(tiny_file).digest()[:4] == tile.learned.model
 
 
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", DECODE_LEARNED + DECODE_OTHERS)
-def test_decode(name: str, vector: Read, tiny_file: bytes) -> None:
+def test_decode(name: str, vector: Read, files: list[bytes]) -> None:
     data = vector(f"decode/{name}.tile")
     expected = imagecodecs.png_decode(vector(f"decode/{name}.png"))
     within_tolerance(wsicodec.decode(data), expected)
-    within_tolerance(second_decoder.decode(data, [tiny_file]).pixels, expected)
+    within_tolerance(second_decoder.decode(data, files).pixels, expected)
 
 
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", DECODE_LEARNED)
 def test_symbols(
-    name: str, vector: Read, tiny_file: bytes, monkeypatch: pytest.MonkeyPatch
+    name: str, vector: Read, files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Hyper-latents and levels, of class 0 too, in coding order."""
     data = vector(f"decode/{name}.tile")
     expected = json.loads(vector("decode/symbols.json"))[name]
-    second = second_decoder.decode(data, [tiny_file])
+    second = second_decoder.decode(data, files)
     ours, read = [], kernel.Decoder.get
 
-    def recorded(self: kernel.Decoder, classes: np.ndarray) -> np.ndarray:
-        ours.append(read(self, classes))
+    def recorded(self: kernel.Decoder, classes: np.ndarray, **kind: bool) -> np.ndarray:
+        ours.append(read(self, classes, **kind))
         return ours[-1]
 
     monkeypatch.setattr(kernel.Decoder, "get", recorded)
     wsicodec.decode(data)
-    theirs = [array for cell in second.cells for array in (cell.z, *cell.q)]
+    theirs = [array for cell in second.cells for array in (cell.z, *cell.levels)]
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a.reshape(-1), b.reshape(-1))
+        np.testing.assert_array_equal(a, b)
     assert make_conformance.symbols_digest(second.cells) == expected
 
 
 @pytest.mark.parametrize("name", CODER)
 def test_encode_symbols(name: str, vector: Read, tiny, tiny_file: bytes) -> None:
+    """Indices, levels and bytes, by the compiled coder, the plain one and the second decoder's."""
     case = json.loads(vector(f"encode/{name}.json"))
-    payload = bytes.fromhex(case["payload"])
-    lanes, q, classes = case["lanes"], case["symbols"], case["classes"]
-    assert reference.encode(q, classes, tiny.tables, lanes) == payload
-    encoder = kernel.Encoder(tiny.tables, lanes)
-    encoder.put(np.array(q, np.int32), np.array(classes, np.uint8))
-    assert encoder.finish() == payload
-
-    plain = reference.Decoder(payload, tiny.tables, lanes)
-    assert plain.symbols(classes) == q
-    plain.finish()
-    fast = kernel.Decoder(payload, tiny.tables, lanes)
-    assert fast.get(np.array(classes, np.uint8)).tolist() == q
-    fast.finish()
+    payload, lanes = bytes.fromhex(case["payload"]), case["lanes"]
+    encoder, plain_encoder = (
+        kernel.Encoder(tiny.tables, lanes),
+        reference.Encoder(tiny.tables, lanes),
+    )
+    decoder, plain = (k.Decoder(payload, tiny.tables, lanes) for k in (kernel, reference))
     second = second_decoder.Decoder(payload, lanes)
     model = second_decoder.read_model(tiny_file)
-    assert second.symbols(model, np.array(classes, np.int64), 2**20, None).tolist() == q
+    for array in case["arrays"]:
+        dependent = array["dependent"]
+        values, classes = array["levels" if dependent else "symbols"], array["classes"]
+        if not dependent:
+            assert second.hyper_latents(model, np.array(classes)).tolist() == values
+        else:
+            indices, quantisers = second.indices(model, np.array(classes, np.int64), None)
+            assert indices.tolist() == array["indices"]
+            assert second_decoder.levels_of(indices, quantisers).tolist() == values
+        bytes_of_classes = np.array(classes, np.uint8)
+        encoder.put(np.array(values, np.int32), bytes_of_classes, dependent=dependent)
+        plain_encoder.put(values, classes, dependent)
+        assert decoder.get(bytes_of_classes, dependent=dependent).tolist() == values
+        assert plain.symbols(classes, dependent) == values
+    assert encoder.finish() == plain_encoder.finish() == payload
+    decoder.finish()
+    plain.finish()
     second.end()
+
+
+def test_coder_vectors_reach_every_rule(vector: Read) -> None:
+    transitions, peaks = set(), set()
+    for name in CODER:
+        case = json.loads(vector(f"encode/{name}.json"))
+        first = 0
+        for array in case["arrays"]:
+            coded = [i for i, c in enumerate(array["classes"]) if c]
+            if array["dependent"]:
+                states = [0] * case["lanes"]
+                for n, i in enumerate(coded, first):
+                    lane, k = n % case["lanes"], array["indices"][i]
+                    transitions.add((states[lane], k % 2))
+                    if abs(k) == 2**20:
+                        raw = array["classes"][i] > 24
+                        peaks.add((states[lane] % 2, k, raw))
+                    states[lane] = second_decoder.NEXT_STATE[k % 2][states[lane]]
+            first += len(coded)
+    assert transitions == {(state, odd) for state in range(8) for odd in range(2)}
+    assert peaks == {
+        (u, k, raw) for u in (0, 1) for k in (2**20, -(2**20)) for raw in (False, True)
+    }
 
 
 @pytest.mark.parametrize("name", PACK)
@@ -172,9 +238,8 @@ def test_encode_tile(name: str, vector: Read) -> None:
     assert bitstream.parse(tile.pack()) == tile
 
 
-@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", REFUSE)
-def test_refuse(name: str, vector: Read, tiny_file: bytes) -> None:
+def test_refuse(name: str, vector: Read, files: list[bytes]) -> None:
     data = vector(f"refuse/{name}.tile")
     error = getattr(wsicodec, json.loads(vector("refuse/errors.json"))[name])
     with pytest.raises(wsicodec.WsicodecError) as caught:
@@ -182,30 +247,96 @@ def test_refuse(name: str, vector: Read, tiny_file: bytes) -> None:
     assert type(caught.value) is error
     assert str(caught.value)
     with pytest.raises(second_decoder.RefusedError):
-        second_decoder.decode(data, [tiny_file])
+        second_decoder.decode(data, files)
 
 
-def test_vectors_reach_every_rule(vector: Read, tiny_file: bytes) -> None:
+@pytest.mark.parametrize("name", REFUSE_MODEL)
+def test_refuse_model(name: str, vector: Read) -> None:
+    data = vector(f"refuse/{name}.wscm")
+    with pytest.raises(wsicodec.ModelError):
+        load_decoder(data)
+    with pytest.raises(second_decoder.RefusedError):
+        second_decoder.read_model(data)
+
+
+def test_refused_models_have_one_fault_each(vector: Read) -> None:
+    """What they were made from is a valid model."""
+    assert make_conformance.smallest_decoder() == vector("smallest.wscm")
+
+
+class Walked(second_decoder.Decoder):
+    """Notes lanes with raw fields, and the states' transitions."""
+
+    def __init__(self, payload: bytes, lanes: int) -> None:
+        super().__init__(payload, lanes)
+        SEEN["lanes"].add(lanes)
+
+    def raw(self, bits: int) -> int:
+        if bits:
+            SEEN["raw"].add((len(self.states), self.lane()))
+        return super().raw(bits)
+
+    def indices(self, model, classes, cell):
+        start, lanes = self.symbol, len(self.states)
+        indices, quantisers = super().indices(model, classes, cell)
+        coded = indices[classes > 0].tolist()
+        for lane in range(lanes):
+            state = 0
+            for k in coded[(lane - start) % lanes :: lanes]:
+                SEEN["transitions"].add((state, k % 2))
+                state = second_decoder.NEXT_STATE[k % 2][state]
+        return indices, quantisers
+
+
+SEEN: dict[str, set] = {"lanes": set(), "raw": set(), "transitions": set()}
+
+
+def test_vectors_reach_every_rule(
+    vector: Read, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The learned vectors together hold what a decoder could get wrong."""
-    model = second_decoder.read_model(tiny_file)
-    classes, means, peaks = [], [], []
-    lowered = raised = escapes = False
+    monkeypatch.setattr(second_decoder, "Decoder", Walked)
+    model = second_decoder.read_model(files[0])
+    tables = len(model.table_radii) // 2
+    classes: list[set[int]] = [set(), set()]
+    peaks: list[set[int]] = [set(), set()]
+    escapes: list[set[str]] = [set(), set()]
+    means, empty, lattices = [], set(), set()
+    lowered = raised = False
     for name in DECODE_LEARNED:
         data = vector(f"decode/{name}.tile")
-        for cell in second_decoder.decode(data, [tiny_file]).cells:
+        for cell in second_decoder.decode(data, files).cells:
+            if name.startswith("smallest"):
+                continue
             lowered |= data[22] > 0 and cell.effective.min() == 0
             raised |= data[22] < 255 and cell.effective.max() == 255
             means += [m.reshape(-1) for m in cell.means if m is not None]
-            peaks.append(max(int(np.abs(q).max()) for q in cell.q))
-            for c, q in zip(cell.classes, cell.q, strict=True):
-                classes.append(c.reshape(-1))
-                plain = (c > 0) & (c <= len(model.table_radii))
-                radius = np.array([0, *model.table_radii])[np.where(plain, c, 0)]
-                escapes |= bool((plain & (np.abs(q) > radius)).any())
-    assert set(np.concatenate(classes)) == set(range(128))
+            rows, columns = cell.effective.shape
+            for k, c in enumerate(cell.classes):
+                lattice = model.stages[k][2]
+                (empty if c.shape[1] == 0 else lattices).add((lattice, rows % 2, columns % 2))
+                for u in range(2):
+                    mine = (c > 0) & (cell.quantisers[k] == u)
+                    i = cell.indices[k][mine]
+                    classes[u] |= set(c[mine].tolist())
+                    peaks[u] |= {int(i.min(initial=0)), int(i.max(initial=0))}
+                    raw = np.maximum(0, -(-(c[mine] - tables) // 8))
+                    radius = np.array(model.table_radii)[c[mine] - 8 * raw - 1 + u * tables]
+                    escaped = np.abs(i + 2**raw // 2 >> raw) > radius
+                    if (escaped & (raw == 0)).any():
+                        escapes[u].add("plain")
+                    if (escaped & (raw > 0)).any():
+                        escapes[u].add("raw")
+    assert classes == [set(range(1, 128))] * 2
+    assert all(max(p) == 2**20 and min(p) == -(2**20) for p in peaks)
+    assert escapes == [{"plain", "raw"}] * 2
     assert (np.concatenate(means).min(), np.concatenate(means).max()) == (-1023, 1023)
-    assert max(peaks) == 2**20
-    assert lowered and raised and escapes
+    assert lowered and raised
+    assert lattices == {(n, a, b) for n in range(4) for a in range(2) for b in range(2)}
+    assert {n for n, _, _ in empty} == {2, 3}  # 1 x 1 has neither, 1 x 5 has no lattice 2
+    assert SEEN["lanes"] == {1, 2, 4, 8, 16, 32}
+    assert SEEN["raw"] == {(n, lane) for n in SEEN["lanes"] for lane in range(n)}
+    assert SEEN["transitions"] == {(state, odd) for state in range(8) for odd in range(2)}
 
 
 def test_both_decoders_agree_on_two_by_two_cells(tiny, tiny_file: bytes) -> None:

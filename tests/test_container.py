@@ -426,7 +426,21 @@ def test_class_of_hyper_latents_out_of_range(tiny_file: bytes, value: int) -> No
     refused_model(with_tensor(tiny_file, "z_classes", array), "class")
 
 
-@pytest.mark.parametrize("fault", ["start", "end", "order", "padding", "radius 0", "radius", "few"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "start",
+        "end",
+        "order",
+        "second set",
+        "padding",
+        "radius 0",
+        "radius",
+        "few",
+        "odd",
+        "one set",
+    ],
+)
 def test_improper_symbol_tables(tiny_file: bytes, fault: str) -> None:
     tensors = container.parse(tiny_file).tensors
     cdf, radii = tensors["table_cdf"].copy(), tensors["table_radii"].copy()
@@ -436,14 +450,20 @@ def test_improper_symbol_tables(tiny_file: bytes, fault: str) -> None:
         cdf[-1, -1] = 16383
     elif fault == "order":
         cdf[2, 2] = cdf[2, 1]
+    elif fault == "second set":
+        cdf[len(cdf) // 2 + 2, 2] = cdf[len(cdf) // 2 + 2, 1]
     elif fault == "padding":
         cdf[0, -1] = 0
     elif fault == "radius 0":
         radii[0] = 0
     elif fault == "radius":
         radii[0] = 127
-    else:
-        cdf, radii = cdf[-14:], radii[-14:]
+    elif fault == "few":  # 14 for either quantiser leave classes with 15 raw bits
+        cdf, radii = cdf[-28:], radii[-28:]
+    elif fault == "odd":
+        cdf, radii = cdf[1:], radii[1:]
+    else:  # quantiser 0's alone: half as many for either
+        cdf, radii = cdf[len(cdf) // 2 :], radii[len(radii) // 2 :]
     file = with_tensor(with_tensor(tiny_file, "table_cdf", cdf), "table_radii", radii)
     refused_model(file, "table")
 

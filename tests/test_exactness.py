@@ -3,6 +3,7 @@
 The integer graphs run under onnxruntime (one and two threads, optimised and not, alone and within
 a batch), under torch where it is installed, and in int64 by the second decoder's interpreter. All
 must give the same integers for every input that the format allows, so all code the same bytes.
+Graphs cut to a lattice, in float32 and in 8 bits, give what the whole graphs give at its positions.
 Compared here: the graphs' outputs, bytes, symbols, pixels. The encoder's float networks, which
 decide nothing that a decoder must know, run one way only.
 """
@@ -20,9 +21,13 @@ import second_decoder
 
 import wsicodec
 from wsicodec.codec import learned
-from wsicodec.models import container
+from wsicodec.codec.network import encode_tile
+from wsicodec.entropy import kernel
+from wsicodec.models import container, session
 from wsicodec.models.decoder import DecoderModel, load_decoder
-from wsicodec.models.session import GraphRunner
+from wsicodec.models.int8 import exact_kernels, int8_graph
+from wsicodec.models.lattice import lattice_graph, lattice_positions
+from wsicodec.models.session import GraphRunner, IntegerRunner
 from wsicodec.models.store import encoder_of, find_model, models
 
 Arrays = Mapping[str, np.ndarray]
@@ -137,6 +142,7 @@ EXECUTIONS: dict[str, Callable[[bytes], Runner]] = {
     "int64": interpreter,
     "torch": torch_if_installed,
 }
+AS_USERS_DO = "as users run it"  # on lattices, in 8 bits where this machine can
 
 # -- models --
 
@@ -147,11 +153,47 @@ def files(name: str) -> bytes:
     return find_model(name).path.read_bytes()
 
 
-def executed(file: bytes, build: Callable[[bytes], Runner]) -> DecoderModel:
-    """The decoder model with all its graphs run this way."""
+def real(inputs: Arrays) -> dict[str, np.ndarray]:
+    """Inputs of float32 graphs from those of ``IntegerRunner``."""
+    kept = {n: x.astype(np.float32) for n, x in inputs.items() if n != "magnitude"}
+    return {n: x - 128 if n == "context" else x for n, x in kept.items()}
+
+
+def levels(inputs: Arrays) -> dict[str, np.ndarray]:
+    """The other way round."""
+    eight = {n: x.astype(np.uint8) for n, x in inputs.items() if n in ("h", "plane")}
+    if "context" in inputs:
+        eight["context"] = (inputs["context"] + 128).astype(np.uint8)
+        eight["magnitude"] = (np.abs(inputs["context"]) + 128).astype(np.uint8)
+    return eight
+
+
+def on_lattice(outputs: list[np.ndarray], lattice: int) -> list[np.ndarray]:
+    where = lattice_positions(lattice, *outputs[0].shape[2:])
+    return [np.ascontiguousarray(x.reshape(*x.shape[:2], -1)[..., where]) for x in outputs]
+
+
+def executed(file: bytes, build: Callable[[bytes], Runner] | None) -> DecoderModel:
+    """The decoder model with all its graphs run this way, whole; None: as users run them."""
     model, graphs = load_decoder(file), container.parse(file).graphs
-    model.hyper = build(graphs["hyper"])
-    model.stages = [build(graphs[f"stage{k}"]) for k in range(len(model.stages))]
+    if build is None:
+        return model
+
+    def hyper() -> Runner:
+        run = build(graphs["hyper"])
+
+        def call(inputs: Arrays) -> list[np.ndarray]:
+            h, step = run(real(inputs))
+            return [h.astype(np.uint8), step]
+
+        return call
+
+    def stage(k: int, lattice: int) -> Runner:
+        run = build(graphs[f"stage{k}"])
+        return lambda inputs: on_lattice(run(real(inputs)), lattice)
+
+    model.hyper = hyper()
+    model.stages = [stage(k, s.lattice) for k, s in enumerate(model.architecture.stages)]
     model.chain = build(graphs["chain"])
     return model
 
@@ -163,7 +205,7 @@ def code(
     """code(model name, execution, image or tile, quality): (tile, pixels) under an execution."""
 
     def run(name: str, execution: str, given: Any, quality: int) -> tuple[bytes, np.ndarray]:
-        model = executed(files(name), EXECUTIONS[execution])
+        model = executed(files(name), EXECUTIONS.get(execution))
         calls, hyper = [], model.hyper
 
         def counted(inputs: Arrays) -> list[np.ndarray]:
@@ -185,7 +227,7 @@ def code(
     return run
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", [AS_USERS_DO, *EXECUTIONS])
 @pytest.mark.parametrize("quality", [10, 70, 95])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_execution_codes_the_same_bytes_and_pixels(
@@ -239,15 +281,130 @@ def test_every_execution_gives_the_same_integers_for_all_inputs(name: str, execu
                 np.testing.assert_array_equal(x, y, err_msg=graph)
 
 
+GRIDS = [(7, 9), (8, 8), (9, 8), (6, 7), (2, 2), (3, 2), (1, 1), (1, 5), (5, 1), (1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_on_lattices_give_what_whole_graphs_give(
+    name: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage, on its lattice: values and types, in float32 and in 8 bits."""
+    file = files(name)
+    graphs, model, plain = container.parse(file).graphs, load_decoder(file), load_decoder(file)
+    a = model.architecture
+    for k, stage in enumerate(a.stages):
+        whole, cut = graphs[f"stage{k}"], lattice_graph(graphs[f"stage{k}"], stage.lattice)
+        rng = np.random.default_rng(k)
+        ports = {"h": (a.hyper, 0, 255), "plane": (1, 0, 255)}
+        if k:
+            ports["context"] = a.seen(k), -127, 127
+        for extreme in (False, True):
+            inputs = {}
+            for port, (channels, low, high) in ports.items():
+                x = rng.integers(low, high + 1, (2, channels, *grid))
+                x = np.where(x > (low + high) / 2, high, low) if extreme else x
+                inputs[port] = x.astype(np.float32)
+            expected = on_lattice(GraphRunner(whole)(inputs), stage.lattice)
+            eight = levels(inputs)
+            found = {"as users run it": model.stages[k](eight)}
+            with monkeypatch.context() as patch:
+                patch.setattr(session, "exact_kernels", lambda: False)
+                found["as users without 8-bit kernels run it"] = plain.stages[k](eight)
+            if min(grid) > 1 or stage.lattice < 2:  # runtimes have no convolutions of nothing
+                found["cut graph"] = GraphRunner(cut)(inputs)
+                found["cut graph, 8-bit inputs"] = IntegerRunner(cut)(eight)
+                if exact_kernels():
+                    fast = GraphRunner(int8_graph(cut))
+                    used = {port.name for port in fast.session().get_inputs()}
+                    found["8 bits"] = fast({n: x for n, x in eight.items() if n in used})
+            for form, outputs in found.items():
+                for x, y in zip(expected, outputs, strict=True):
+                    assert x.dtype == y.dtype, form
+                    np.testing.assert_array_equal(x, y, err_msg=f"stage{k}, {form}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_run_in_their_8_bit_form(name: str) -> None:
+    """What the tests above compare is not twice the same."""
+    if not exact_kernels():
+        pytest.skip("this CPU has no exact 8-bit dot products")
+    model = load_decoder(files(name))
+    for k, stage in enumerate(model.architecture.stages):
+        runner = IntegerRunner(lattice_graph(model.graph_bytes(f"stage{k}"), stage.lattice))
+        ports = runner.session().get_inputs()
+        assert {port.type for port in ports} == {"tensor(uint8)"}
+
+
+def test_lattices_part_the_grid_in_the_documents_order() -> None:
+    for rows, columns in GRIDS:
+        positions = [lattice_positions(n, rows, columns).tolist() for n in range(4)]
+        assert positions[0] == list(range(rows * columns))
+        assert sorted(p for part in positions[1:] for p in part) == positions[0]
+        for lattice, found in enumerate(positions):
+            row, column = second_decoder.lattice_positions(lattice, rows, columns)
+            assert (row * columns + column).tolist() == found
+
+
+def assert_both_decoders_agree(
+    tile: bytes, file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> second_decoder.Decoded:
+    """Hyper-latents and levels exactly, pixels within the tolerance."""
+    second = second_decoder.decode(tile, [file])
+    ours, read = [], kernel.Decoder.get
+
+    def recorded(self: kernel.Decoder, classes: np.ndarray, **kind: bool) -> np.ndarray:
+        ours.append(read(self, classes, **kind))
+        return ours[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.Decoder, "get", recorded)
+        pixels = wsicodec.decode(tile)
+    theirs = [array for cell in second.cells for array in (cell.z, *cell.levels)]
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(x, y)
+    error = np.abs(pixels.astype(int) - second.pixels)
+    assert error.max() <= 2 and (error > 1).mean() <= 0.001
+    return second
+
+
 @pytest.mark.parametrize("quality", [1, 45, 70, 100])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_second_decoder_reads_what_wsicodec_writes(
-    name: str, quality: int, tissue: Any, tiny_installed: str
+    name: str, quality: int, tissue: Any, tiny_installed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tile = wsicodec.encode(tissue(47, 70, seed=3), model=name, quality=quality)
-    second = second_decoder.decode(tile, [files(name)])
-    error = np.abs(wsicodec.decode(tile).astype(int) - second.pixels)
-    assert error.max() <= 2 and (error > 1).mean() <= 0.001
+    second = assert_both_decoders_agree(tile, files(name), monkeypatch)
+    if quality == 100:  # enough symbols for all states: both quantisers
+        used = np.concatenate([u[c > 0] for u, c in zip(*symbols_of(second), strict=True)])
+        assert set(used.tolist()) == {0, 1}
+
+
+def symbols_of(decoded: second_decoder.Decoded) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Quantisers and classes of all stages."""
+    return (
+        [u for cell in decoded.cells for u in cell.quantisers],
+        [c for cell in decoded.cells for c in cell.classes],
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 80), (70, 9), (32, 17), (112, 144)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_second_decoder_reads_every_kind_of_grid(
+    name: str, size: tuple[int, int], tissue: Any, tiny_installed: str, monkeypatch: Any
+) -> None:
+    image = tissue(*size, seed=5)
+    if size == (1, 1):  # one colour would be a constant tile
+        tile = learned_tile(name, image)
+    else:
+        tile = wsicodec.encode(image, model=name, quality=80)
+    assert tile[5] == 1
+    assert_both_decoders_agree(tile, files(name), monkeypatch)
+
+
+def learned_tile(name: str, image: np.ndarray) -> bytes:
+    model, encoder = encoder_of(find_model(name))
+    return encode_tile(image, model, encoder, 120).pack()
 
 
 @pytest.mark.parametrize("name", MODELS)

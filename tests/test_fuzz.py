@@ -22,7 +22,7 @@ import pytest
 import wsicodec
 from wsicodec.bitstream import LearnedHeader, Mode, Tile
 from wsicodec.entropy import kernel, reference
-from wsicodec.entropy.tables import tables_from_weights
+from wsicodec.entropy.tables import SymbolTables, tables_from_weights
 from wsicodec.errors import FormatError, WsicodecError
 
 FOLDER = Path(__file__).parent / "conformance"
@@ -214,9 +214,15 @@ def test_large_tiles_stay_within_the_documents_memory(
         assert peak - before < 3 * 4096 * 4096 + MEMORY, f"{name}: {(peak - before) >> 20} MiB"
 
 
-def test_symbols_that_wrap_32_bits_are_refused() -> None:
+def small_tables() -> SymbolTables:
+    """15 tables for either quantiser, so that class 127 has 14 raw bits."""
+    return tables_from_weights([np.array([1.0, 6, 1, 1])] * 30)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_symbols_that_wrap_32_bits_are_refused(dependent: bool) -> None:
     """Once a symbol of 2^35 under 14 raw bits passed for another: 32-bit arithmetic cut it."""
-    tables = tables_from_weights([np.array([1.0, 6, 1, 1])] * 15)
+    tables = small_tables()
     raw_bits, n = 14, 19
     assert tables.place(127) == (14, raw_bits)
     cdf = tables.cdf[14].tolist()
@@ -232,18 +238,31 @@ def test_symbols_that_wrap_32_bits_are_refused() -> None:
             x >>= 16
         states[0] = (x // frequency << 14) + x % frequency + start
     data = struct.pack(f"<I{len(words)}H", states[0], *words)
-    with pytest.raises(FormatError):
-        reference.Decoder(data, tables, 1).symbols([127])
-    with pytest.raises(FormatError):
-        kernel.Decoder(data, tables, 1).get(np.array([127], np.uint8))
+    with pytest.raises(FormatError, match="range"):
+        reference.Decoder(data, tables, 1).symbols([127], dependent)
+    with pytest.raises(FormatError, match="range"):
+        kernel.Decoder(data, tables, 1).get(np.array([127], np.uint8), dependent=dependent)
 
 
 @pytest.mark.parametrize("symbol", [2**20 + 1, -(2**20) - 1, 2**31 - 1, -(2**31)])
 def test_symbols_beyond_the_format_are_not_written(symbol: int) -> None:
-    tables = tables_from_weights([np.array([1.0, 6, 1, 1])] * 15)
+    tables = small_tables()
     for symbol_class in (1, 15, 127):
         with pytest.raises(ValueError, match=r"range|outside"):
             reference.encode([symbol], [symbol_class], tables, 1)
         encoder = kernel.Encoder(tables, 1)
         with pytest.raises(ValueError, match="outside"):
             encoder.put(np.array([symbol], np.int32), np.array([symbol_class], np.uint8))
+
+
+@pytest.mark.parametrize("level", [2**21 + 1, 2**21 + 2, -(2**21) - 1, 2**31 - 1, -(2**31)])
+def test_levels_beyond_the_format_are_not_written(level: int) -> None:
+    """On either quantiser: two symbols lead to quantiser 1, or none."""
+    tables = small_tables()
+    levels = np.array([2, 4, level] if level % 2 else [level], np.int32)
+    for symbol_class in (1, 15, 127):
+        classes = np.full(len(levels), symbol_class, np.uint8)
+        with pytest.raises(ValueError, match=r"range|outside"):
+            reference.encode(levels.tolist(), classes.tolist(), tables, 1, dependent=True)
+        with pytest.raises(ValueError, match="outside"):
+            kernel.Encoder(tables, 1).put(levels, classes, dependent=True)

@@ -35,8 +35,12 @@ def test_quality_is_monotone_in_bytes_and_psnr(pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [(1, 1), (1, 37), (16, 16), (17, 31), (33, 64), (255, 257), (512, 512), (513, 530)]
-)
+    "size",
+    [
+        (1, 1), (1, 37), (16, 16), (17, 31), (33, 64), (255, 257), (512, 512), (513, 530),
+        (16, 80), (96, 16), (32, 16), (16, 32),  # one row or column of positions
+    ],
+)  # fmt: skip
 def test_any_size(pixels: np.ndarray, size: tuple[int, int]) -> None:
     image = pixels[: size[0], : size[1]]
     decoded = wsicodec.decode(wsicodec.encode(image, quality=90))

@@ -685,7 +685,7 @@ def test_any_damage_is_refused_by_name_or_proved(name: str, tiny_file: bytes) ->
 
 
 def good_chain() -> Any:
-    """context (uint8, 3 channels) to int8, 4 channels last."""
+    """context (uint8, 3 channels) to uint8, 4 channels last."""
     g = GraphBuilder("chain")
     rng = np.random.default_rng(1)
 
@@ -694,10 +694,10 @@ def good_chain() -> Any:
         return weight, rng.integers(-99, 99, outputs), rng.integers(-9, -6, outputs)
 
     x = g.quantised_conv("context", layer(5, 3, 3), (-2, np.uint8(128)), (-1, np.uint8(0)))
-    x = g.quantised_conv(x, layer(4, 5, 1), (-1, np.uint8(0)), (-3, np.int8(0)))
+    x = g.quantised_conv(x, layer(4, 5, 1), (-1, np.uint8(0)), (-3, np.uint8(128)))
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.model(
-        {"context": (UINT8, grid(3))}, {"correction": (INT8, ["batch", "rows", "columns", 4])}
+        {"context": (UINT8, grid(3))}, {"correction": (UINT8, ["batch", "rows", "columns", 4])}
     )
 
 
@@ -812,14 +812,25 @@ def test_chain_of_other_channels() -> None:
 
 def test_chain_of_other_types() -> None:
     model = good_chain()
-    model.graph.output[0].type.tensor_type.elem_type = UINT8
-    refused_chain(model, "int8")
+    model.graph.output[0].type.tensor_type.elem_type = INT8
+    refused_chain(model, "uint8")
     model = good_chain()
     model.graph.input[0].type.tensor_type.elem_type = INT8
     refused_chain(model, "uint8")
     model = good_chain()
     model.graph.input[0].name = "other"
     refused_chain(model, "context")
+
+
+def test_chain_of_signed_samples() -> None:
+    """Levels of int8 that go out as they are: 128 less than the format's."""
+    model = good_chain()
+    quantise = [n for n in model.graph.node if n.op_type == "QuantizeLinear"][-1]
+    tensor = next(t for t in model.graph.initializer if t.name == quantise.input[2])
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros((), np.int8), tensor.name))
+    refused_chain(model, "not uint8")
+    model.graph.output[0].type.tensor_type.elem_type = INT8
+    refused_chain(model, "uint8")
 
 
 def test_chain_with_two_outputs() -> None:
@@ -888,7 +899,7 @@ def test_a_proved_chain_computes_exactly(peak: int) -> None:
     """8-bit kernels, float32 kernels and int64 arithmetic give the same levels."""
     rng = np.random.default_rng(peak)
     g = GraphBuilder("chain")
-    zero, signed = np.uint8(0), np.int8(0)
+    zero, middle = np.uint8(0), np.uint8(128)
 
     def layer(outputs: int, inputs: int, side: int) -> Any:
         weight = rng.integers(-peak, peak + 1, (outputs, inputs, side, side))
@@ -896,16 +907,17 @@ def test_a_proved_chain_computes_exactly(peak: int) -> None:
 
     x = g.quantised_conv("context", layer(16, 9, 3), (0, np.uint8(128)), (0, zero))
     x = g.quantised_conv(x, layer(16, 16, 3), (0, zero), (-1, zero))
-    x = g.quantised_conv(x, layer(24, 16, 1), (-1, zero), (2, signed))
+    x = g.quantised_conv(x, layer(24, 16, 1), (-1, zero), (2, middle))
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     data = g.finish(
-        {"context": (UINT8, grid(9))}, {"correction": (INT8, ["batch", "rows", "columns", 24])}
+        {"context": (UINT8, grid(9))}, {"correction": (UINT8, ["batch", "rows", "columns", 24])}
     )
     prove_quantised(data, 9, 24, "test")
     x = rng.integers(0, 256, (9, 11, 13))
     exact = second_decoder.run_graph(onnx.load_from_string(data), {"context": x})["correction"]
     for optimise in (False, True):
         result = GraphRunner(data, optimise=optimise)({"context": x[None].astype(np.uint8)})[0]
+        assert result.dtype == np.uint8
         np.testing.assert_array_equal(result[0], exact)
 
 

@@ -5,10 +5,13 @@ that changes is a broken format, never a reason to run this again. To add vector
 run it; it writes those that are missing (``--check`` only lists them).
 
     tests/conformance/tiny.wscm, tiny.encoder.wscm   a small frozen model, of no use for pictures
+    tests/conformance/smallest.wscm                  a model with the least of everything
     tests/conformance/decode/NAME.tile, NAME.png     must decode to these pixels, within tolerance
+    tests/conformance/decode/smallest/...            the same, of that model
     tests/conformance/decode/symbols.json            ... and to exactly these symbols
     tests/conformance/encode/NAME.json               must encode to exactly these bytes
     tests/conformance/refuse/NAME.tile, errors.json  must be refused, by these errors
+    tests/conformance/refuse/NAME.wscm               models that must be refused
 
 The tiles are written by a small encoder below, from docs/format.md like the second decoder in
 tests/second_decoder.py whose walk through a cell it borrows; wsicodec itself writes none of them.
@@ -47,7 +50,7 @@ STAGES = (  # first channel, channels, lattice; lattices within the context and 
     (0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 8, 0), (12, 6, 1), (12, 6, 2), (12, 6, 3), (18, 6, 0),
 )  # fmt: skip
 CHANNELS, MEAN_STAGES, CONTEXT, Z, HYPER, MIDDLE = 24, 4, 12, 3, 8, 8
-TABLES = 24  # few, so that many classes have raw bits: up to 13
+TABLES = 24  # of either quantiser: few, so that many classes have raw bits: up to 13
 SEED = 20261121
 
 
@@ -70,10 +73,12 @@ def cosine_basis() -> tuple[Array, Array]:
     return np.array([row for _, row in best]), np.array([deviation for deviation, _ in best])
 
 
-def laplace_weights(symbol_class: int) -> Array:
+def laplace_weights(symbol_class: int, quantiser: int) -> Array:
+    """Of indices -radius ... radius and the escape; the radii of the quantisers differ."""
     scale = 2 ** ((symbol_class - 1) / 8 - 2.75)
-    radius = int(np.clip(np.ceil(4 * scale), 1, 64))
-    weights = np.exp(-np.abs(np.arange(-radius, radius + 1)) * np.sqrt(2) / scale)
+    radius = int(np.clip(np.ceil(4 * scale), 1, 64)) + quantiser
+    size = np.abs(np.arange(-radius, radius + 1))
+    weights = np.exp(-np.maximum(size - quantiser / 2, 0) * np.sqrt(2) / scale)
     return np.append(weights, 2e-3 * weights.sum())
 
 
@@ -162,18 +167,18 @@ def chain_graph(rng: np.random.Generator) -> bytes:
         weight = rng.integers(-peak, peak + 1, (outputs, inputs, side, side))
         return weight, rng.integers(-2000, 2001, outputs), row
 
-    zero, centre, signed = np.uint8(0), np.uint8(128), np.int8(0)
+    zero, centre = np.uint8(0), np.uint8(128)
     x = g.quantised_conv(
         "context", layer(8, CONTEXT + 1, 3, 63, rng.integers(-9, -6, 8)), (-3, centre), (-3, zero)
     )
     x = g.quantised_conv(x, layer(8, 8, 1, 63, rng.integers(-7, -5, 8)), (-3, zero), (-4, zero))
     samples = layer(768, 8, 1, 7, rng.integers(-7, -5, 768))
     samples[0][5] = 63  # reaches the bounds
-    x = g.quantised_conv(x, samples, (-4, zero), (-2, signed))
+    x = g.quantised_conv(x, samples, (-4, zero), (-2, centre))
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.finish(
         {"context": (UINT8, grid(CONTEXT + 1))},
-        {"correction": (INT8, ["batch", "rows", "columns", 768])},
+        {"correction": (UINT8, ["batch", "rows", "columns", 768])},
     )
 
 
@@ -183,7 +188,9 @@ def tiny_decoder() -> bytes:
     basis, deviation = cosine_basis()
     gain = rng.uniform(0.7, 1.4, len(basis))
     means = max(first + count for first, count, _ in STAGES[:MEAN_STAGES])
-    tables = tables_from_weights([laplace_weights(c) for c in range(1, TABLES + 1)])
+    tables = tables_from_weights(
+        [laplace_weights(c, u) for u in range(2) for c in range(1, TABLES + 1)]
+    )
     z_classes = np.empty((256, Z), np.uint8)
     z_classes[:, 0] = 33
     z_classes[:, 1] = np.clip(14 + np.arange(256) // 32, 1, 127)
@@ -265,6 +272,129 @@ def tiny_encoder(decoder: bytes) -> bytes:
     )
 
 
+# ------------------------------------------------------------------------------------ small model
+
+
+def smallest_graphs(correction: int = UINT8) -> dict[str, bytes]:
+    """One channel of everything. correction: the type that the chain gives."""
+    h = GraphBuilder("hyper")
+    layer = np.full((4, 1, 1, 1), 3), np.array([100, 90, 80, 70]), np.zeros(4, int)
+    x = h.integer_conv("z", layer, (0, 255))
+    h.add("DepthToSpace", x, blocksize=2, mode="CRD", output="h")
+    layer = np.full((4, 1, 1, 1), 7), np.array([0, 1, 2, 3]), np.full(4, 2)
+    x = h.add("DepthToSpace", h.integer_conv("z", layer, (-48, 48)), blocksize=2, mode="CRD")
+    h.add("Cast", x, to=INT8, output="step")
+    s = GraphBuilder("stage0")
+    layer = np.full((1, 1, 3, 3), 2), np.array([40]), np.array([4])
+    x = s.integer_conv("h", layer, (0, 255))
+    x = s.add("Concat", x, "plane", axis=1)
+    layer = np.array([1, 3]).reshape(1, 2, 1, 1), np.array([0]), np.array([3])
+    s.integer_conv(x, layer, (0, 127), cast=UINT8, output="class")
+    c = GraphBuilder("chain")
+    layer = np.array([[20, 1]] * 768)[..., None, None], np.arange(768), np.full(768, -4)
+    after: np.uint8 | np.int8 = np.uint8(128) if correction == UINT8 else np.int8(0)
+    x = c.quantised_conv("context", layer, (-3, np.uint8(128)), (-2, after))
+    c.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
+    return {
+        "hyper": h.finish(
+            {"z": (FLOAT, grid(1, "z_rows", "z_columns")), "plane": (FLOAT, grid(1))},
+            {"h": (FLOAT, grid(1)), "step": (INT8, grid(1))},
+        ),
+        "stage0": s.finish(
+            {"h": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}, {"class": (UINT8, grid(1))}
+        ),
+        "chain": c.finish(
+            {"context": (UINT8, grid(2))},
+            {"correction": (correction, ["batch", "rows", "columns", 768])},
+        ),
+    }
+
+
+def smallest_decoder(correction: int = UINT8, **changed: Array) -> bytes:
+    """The least that the format allows: 15 tables of radius 1 or 2 for either quantiser, one
+    stage, one channel. ``changed``: other tensors, for models that are to be refused."""
+    weights = [np.array([1, 20 - t, 1, 1]) for t in range(15)]
+    weights += [np.array([1, 1, 30 - t, 1, 1, 1]) for t in range(15)]
+    tables = tables_from_weights([w.astype(np.float64) for w in weights])
+    tensors = {
+        "table_radii": tables.radii,
+        "table_cdf": tables.cdf,
+        "z_classes": np.full((256, 1), 16, np.uint8),
+        "mean_factor": np.zeros(0, np.int32),
+        "context_factor": np.array([2**20], np.int32),
+        "inverse_gain": np.ones(1, np.float32),
+        "basis": np.full((1, 768), 1 / 28, np.float16),
+        "mean": np.full(768, 50, np.float32),
+    }
+    return container.pack(
+        {
+            "kind": "decoder",
+            "name": "smallest",
+            "licence": "BSD-3-Clause",
+            "kmac_per_pixel": 0.01,
+            "architecture": {
+                "block": 16,
+                "stages": [[0, 1, 0]],
+                "mean_stages": 0,
+                "context_channels": 1,
+                "z_channels": 1,
+                "hyper": 1,
+            },
+        },
+        smallest_graphs(correction),
+        {**tensors, **changed},
+    )
+
+
+def broken_models() -> dict[str, bytes]:
+    """Models with one fault each, in what symbols and pixels are read by."""
+    file = container.parse(smallest_decoder())
+    radii, cdf = file.tensors["table_radii"], file.tensors["table_cdf"]
+
+    def tables(r: Array, f: Array) -> bytes:
+        return smallest_decoder(table_radii=r.astype(np.int32), table_cdf=f.astype(np.uint16))
+
+    def edges(row: int, values: list[int]) -> bytes:
+        changed = cdf.copy()
+        changed[row] = values
+        return tables(radii, changed)
+
+    def times(count: int) -> bytes:
+        which = np.arange(count) % len(radii)
+        return tables(radii[which], cdf[which])
+
+    wide = np.full((len(cdf), 257), 16384)
+    wide[:, : cdf.shape[1]] = cdf
+    wide[29] = np.minimum(np.arange(257) * 60, 16384)
+    wide[29, -1] = 16384
+    none = radii.copy()
+    none[4] = 0
+    far = radii.copy()
+    far[29] = 127
+    return {
+        "model-tables-odd": times(31),
+        "model-tables-14-each": times(28),
+        "model-tables-128-each": times(256),
+        "model-tables-of-quantiser-0-alone": times(15),
+        "model-tables-fewer-than-radii": tables(radii, cdf[:-2]),
+        "model-table-not-increasing": edges(0, [0, 700, 700, 16000, 16384, 16384, 16384]),
+        "model-table-not-increasing-quantiser-1": edges(29, [0, 9, 90, 16000, 15999, 16001, 16384]),
+        "model-table-starts-late-quantiser-1": edges(15, [1, 9, 90, 16000, 16001, 16002, 16384]),
+        "model-table-ends-early-quantiser-1": edges(16, [0, 9, 90, 16000, 16001, 16002, 16383]),
+        "model-table-padding": edges(3, [0, 9, 16000, 16003, 16384, 0, 16384]),
+        "model-table-width": tables(radii, np.pad(cdf, ((0, 0), (0, 1)), mode="edge")),
+        "model-radius-0": tables(none, cdf),
+        "model-radius-127": tables(far, wide),
+        "model-hyper-latents-of-class-0": smallest_decoder(
+            z_classes=np.where(np.arange(256) == 77, 0, 16)[:, None].astype(np.uint8)
+        ),
+        "model-hyper-latents-of-class-128": smallest_decoder(
+            z_classes=np.where(np.arange(256) == 77, 128, 16)[:, None].astype(np.uint8)
+        ),
+        "model-correction-signed": smallest_decoder(INT8),
+    }
+
+
 # ------------------------------------------------------------------------------------ pictures
 
 
@@ -289,15 +419,17 @@ def tissue(height: int, width: int, seed: int = 0) -> Array:
 # ------------------------------------------------------------------------------------ an encoder
 
 Step = tuple[int, int]
+Symbol = list[Step]
+"""The steps of one symbol of class > 0."""
 
 
-def symbol_steps(q: int, symbol_class: int, model: second.Model) -> list[Step]:
-    """docs/format.md, "Symbol tables": the steps of one symbol."""
-    tables = len(model.table_radii)
+def symbol_steps(k: int, symbol_class: int, quantiser: int, model: second.Model) -> Symbol:
+    """docs/format.md, "Symbol tables": the steps of one index."""
+    tables = len(model.table_radii) // 2
     b = 0 if symbol_class <= tables else -(-(symbol_class - tables) // 8)
-    t = symbol_class - 8 * b - 1
+    t = symbol_class - 8 * b - 1 + quantiser * tables
     r, cdf = model.table_radii[t], model.table_cdf[t]
-    p = q + 2**b // 2
+    p = k + 2**b // 2
     top, low = p >> b, p - (p >> b) * 2**b
     index = top + r if abs(top) <= r else 2 * r + 1
     steps = [(cdf[index], cdf[index + 1] - cdf[index])]
@@ -314,59 +446,97 @@ def raw_steps(value: int, bits: int) -> list[Step]:
     return [(value << 14 - bits, 1 << 14 - bits)] if bits else []
 
 
-def encode_steps(steps: list[Step], lanes: int) -> bytes:
-    """docs/format.md, "rANS": backwards through the steps."""
+def encode_symbols(symbols: list[Symbol], lanes: int) -> bytes:
+    """docs/format.md, "rANS": backwards through the steps, those of a symbol in one lane."""
     states = [2**16] * lanes
     words = []
-    for i in reversed(range(len(steps))):
-        start, frequency = steps[i]
+    for i in reversed(range(len(symbols))):
         x = states[i % lanes]
-        if x >= frequency * 2**18:
-            words.append(x % 2**16)
-            x //= 2**16
-        states[i % lanes] = x // frequency * 2**14 + x % frequency + start
+        for start, frequency in reversed(symbols[i]):
+            if x >= frequency * 2**18:
+                words.append(x % 2**16)
+                x //= 2**16
+            x = x // frequency * 2**14 + x % frequency + start
+        states[i % lanes] = x
     words.reverse()
     return struct.pack(f"<{lanes}I{len(words)}H", *states, *words)
+
+
+def nearest_index(wanted: float, quantiser: int) -> int:
+    """Index of the level nearest to ``wanted`` steps; the lesser of two."""
+    size = abs(wanted)
+    k = int(np.rint(size + quantiser / 2))
+    if quantiser and k == 1 and size <= 0.25:
+        k = 0
+    return -k if wanted < 0 else k
+
+
+Choice = Callable[[Array, "second.Cell | None"], Array]
+"""(classes, cell so far or None for hyper-latents) to what symbols are to mean, in steps."""
 
 
 class Writer:
     """Stands in for second_decoder.Decoder in the walk through a cell: chooses, then records."""
 
-    def __init__(self, choose: Callable[[Array, int, second.Cell | None], Array]) -> None:
-        self.choose = choose
-        self.symbols_of: list[Array] = []
-        self.steps: list[Step] = []
+    def __init__(self, choose: Choice, lanes: int) -> None:
+        self.choose, self.lanes = choose, lanes
+        self.steps: list[Symbol] = []
 
-    def symbols(
-        self, model: second.Model, classes: Array, limit: int, cell: second.Cell | None
-    ) -> Array:
-        q = np.where(classes == 0, 0, np.clip(self.choose(classes, limit, cell), -limit, limit))
-        self.symbols_of.append(q)
-        for value, symbol_class in zip(q.reshape(-1), classes.reshape(-1), strict=True):
+    def hyper_latents(self, model: second.Model, classes: Array) -> Array:
+        z = np.clip(np.rint(self.choose(classes, None)), -127, 127).astype(np.int64)
+        self.put_hyper_latents(model, z, classes)
+        return z
+
+    def put_hyper_latents(self, model: second.Model, z: Array, classes: Array) -> None:
+        for k, symbol_class in zip(z.reshape(-1), classes.reshape(-1), strict=True):
+            self.steps.append(symbol_steps(int(k), int(symbol_class), 0, model))
+
+    def indices(
+        self, model: second.Model, classes: Array, cell: second.Cell | None
+    ) -> tuple[Array, Array]:
+        wanted = self.choose(classes, cell)
+
+        def nearest(place: tuple[int, ...], quantiser: int) -> int:
+            return min(max(nearest_index(wanted[place], quantiser), -(2**20)), 2**20)
+
+        return self.put_indices(model, nearest, classes)
+
+    def put_indices(
+        self, model: second.Model, index_of: Callable[[tuple[int, ...], int], int], classes: Array
+    ) -> tuple[Array, Array]:
+        """docs/format.md, "Levels". index_of: (place in the array, quantiser) to an index."""
+        found = np.zeros(classes.shape, np.int64)
+        quantisers = np.zeros(classes.shape, np.int64)
+        states = [0] * self.lanes
+        for place, symbol_class in np.ndenumerate(classes):
             if symbol_class:
-                self.steps += symbol_steps(int(value), int(symbol_class), model)
-        return q
+                lane = len(self.steps) % self.lanes
+                quantiser = states[lane] & 1
+                k = index_of(place, quantiser)
+                found[place], quantisers[place] = k, quantiser
+                states[lane] = second.NEXT_STATE[k % 2][states[lane]]
+                self.steps.append(symbol_steps(k, int(symbol_class), quantiser, model))
+        return found, quantisers
 
 
-def random_symbols(seed: int) -> Callable[[Array, int, second.Cell | None], Array]:
+def random_symbols(seed: int) -> Choice:
     """Symbols spread as their classes say, with some far out, to both bounds."""
     rng = np.random.default_rng(seed)
 
-    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+    def choose(classes: Array, cell: second.Cell | None) -> Array:
+        limit = 127 if cell is None else 2**20
         scale = 2.0 ** ((classes - 1) / 8 - 2.75)
-        q = np.rint(rng.laplace(0, scale / np.sqrt(2)))
+        wanted = rng.laplace(0, scale / np.sqrt(2))
         far = rng.random(classes.shape)
-        q = np.where(far < 0.01, np.rint(rng.normal(0, 30 * scale + 40)), q)
-        q = np.where(far > 0.998, limit * rng.choice([-1, 1], classes.shape), q)
-        return np.asarray(np.clip(q, -limit, limit).astype(np.int64))
+        wanted = np.where(far < 0.01, rng.normal(0, 30 * scale + 40), wanted)
+        wanted = np.where(far > 0.998, limit * rng.choice([-1, 1], classes.shape), wanted)
+        return np.asarray(np.clip(wanted, -limit, limit))
 
     return choose
 
 
-def picture_symbols(
-    image: Array, model: second.Model, seed: int
-) -> Callable[[Array, int, second.Cell | None], Array]:
-    """Nearest symbols of one cell's picture, under random hyper-latents."""
+def picture_symbols(image: Array, model: second.Model, seed: int) -> Choice:
+    """Nearest levels of one cell's picture, one after the other, under random hyper-latents."""
     rng = np.random.default_rng(seed)
     rows, columns = -(-image.shape[0] // 16), -(-image.shape[1] // 16)
     pad = ((0, 16 * rows - image.shape[0]), (0, 16 * columns - image.shape[1]), (0, 0))
@@ -374,18 +544,19 @@ def picture_symbols(
     blocks = blocks.transpose(0, 2, 1, 3, 4).reshape(rows, columns, 768) - 128.0 - model.mean
     y = np.einsum("ijs,cs->cij", blocks, model.basis.astype(np.float64))
 
-    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+    def choose(classes: Array, cell: second.Cell | None) -> Array:
         if cell is None:
             return rng.integers(-3, 4, classes.shape)
-        first = model.stages[len(cell.q)][0]
-        step = 2.0 ** (6 - cell.effective / 32)
-        q = np.empty(classes.shape, np.int64)
-        for i in range(len(q)):
-            v = 16 * y[first + i] / model.inverse_gain[first + i] / step
+        first, _, lattice = model.stages[len(cell.levels)]
+        at = second.lattice_positions(lattice, rows, columns)
+        here = cell.effective[at]
+        wanted = np.empty(classes.shape)
+        for i in range(len(wanted)):
+            v = 16 * y[first + i][at] / model.inverse_gain[first + i] / 2.0 ** (6 - here / 32)
             if (mean := cell.means[-1]) is not None:
-                v = v - second.mean_of_channel(model, first + i, mean[i], cell.effective)
-            q[i] = np.rint(v / 16)
-        return q
+                v = v - second.mean_of_channel(model, first + i, mean[i], here)
+            wanted[i] = v / 16
+        return wanted
 
     return choose
 
@@ -402,10 +573,10 @@ class Learned:
     picture: int | None = None
     seed: int = 0
 
-    def steps(self, file: bytes) -> list[Step]:
+    def steps(self, file: bytes) -> list[Symbol]:
         model = second.read_model(file)
         image = None if self.picture is None else tissue(self.height, self.width, self.picture)
-        steps = []
+        steps: list[Symbol] = []
         for top in range(0, self.height, 512):
             for left in range(0, self.width, 512):
                 h, w = min(512, self.height - top), min(512, self.width - left)
@@ -413,15 +584,15 @@ class Learned:
                 choose = random_symbols(seed)
                 if image is not None:
                     choose = picture_symbols(image[top : top + h, left : left + w], model, seed)
-                writer = Writer(choose)
+                writer = Writer(choose, self.lanes)
+                writer.steps = steps  # lanes go on from cell to cell
                 second.decode_cell(writer, model, (h, w), self.gain, self.stages)
-                steps += writer.steps
         return steps
 
     def tile(self, file: bytes, payload: bytes | None = None, **header: Any) -> bytes:
         """The tile's bytes, with another payload or other header fields where given."""
         if payload is None:
-            payload = encode_steps(self.steps(file), self.lanes)
+            payload = encode_symbols(self.steps(file), self.lanes)
         digest = header.pop("digest", hashlib.sha256(file).digest()[:4])
         packed = header.pop("packed", self.stages | self.lanes.bit_length() - 1 << 4)
         body = digest + bytes([self.gain, packed]) + payload
@@ -489,10 +660,25 @@ LEARNED = {
     "learned-96x80-gain250-random": Learned(96, 80, 250, lanes=2, seed=13),
     "learned-80x96-gain6-random": Learned(80, 96, 6, lanes=32, seed=14),
     "learned-64x64-gain60-random": Learned(64, 64, 60, seed=15),
+    # grids of odd and even extents for every lattice; all numbers of lanes
+    "learned-112x144-gain128-lanes16-random": Learned(112, 144, 128, lanes=16, seed=21),
+    "learned-16x80-gain200-lanes8-random": Learned(16, 80, 200, lanes=8, seed=22),
+    "learned-80x16-gain30-lanes1-random": Learned(80, 16, 30, lanes=1, seed=23),
+    "learned-32x32-gain160-stages2-lanes2": Learned(32, 32, 160, 2, 2, seed=24),
+    "learned-48x32-gain220-stages3-lanes32": Learned(48, 32, 220, 3, 32, seed=25),
+    "learned-32x48-gain10-lanes16": Learned(32, 48, 10, lanes=16, seed=26),
+    "learned-144x112-gain150-lanes8": Learned(144, 112, 150, lanes=8, picture=27),
+    "learned-48x528-gain20-lanes32-random": Learned(48, 528, 20, lanes=32, seed=28),
+    "learned-528x16-gain240-lanes1-random": Learned(528, 16, 240, lanes=1, seed=29),
+}
+SMALLEST = {  # of the smallest model
+    "smallest/1x1-gain0": Learned(1, 1, 0, 1, 1, seed=30),
+    "smallest/50x40-gain100": Learned(50, 40, 100, 1, 4, seed=31),
+    "smallest/40x50-gain255-lanes32": Learned(40, 50, 255, 1, 32, seed=32),
 }
 
 
-def decode_vectors(file: bytes) -> dict[str, bytes]:
+def decode_vectors(file: bytes, smallest: bytes) -> dict[str, bytes]:
     tiles = {
         "constant-1x1": tile(0, 1, 1, bytes([1, 2, 3])),
         "constant-64x48": tile(0, 48, 64, bytes([243, 238, 245])),  # the document's example
@@ -502,32 +688,73 @@ def decode_vectors(file: bytes) -> dict[str, bytes]:
     tiles["lossless-1x1"] = tile(5, 1, 1, foreign("lossless", tissue(1, 1, 30)))
     for name, learned in LEARNED.items():
         tiles[name] = learned.tile(file)
+    for name, learned in SMALLEST.items():
+        tiles[name] = learned.tile(smallest)
     return tiles
 
 
+def under_quantiser_1(indices: list[int], classes: list[int]) -> list[tuple[int, int]]:
+    """(index, class) of one lane: small ones between these lead each to quantiser 1."""
+    state, found = 0, []
+    for wanted in zip(indices, classes, strict=True):
+        while state & 1 == 0:
+            found.append((int(state == 0), 3 + len(found) % 40))
+            state = second.NEXT_STATE[found[-1][0]][state]
+        found.append(wanted)
+        state = second.NEXT_STATE[wanted[0] % 2][state]
+    return found
+
+
 def encode_vectors(file: bytes) -> dict[str, Any]:
-    """JSON documents. kind coder: symbols under classes of the tiny model's tables to a payload;
-    kind tile: header fields and a payload to a tile."""
+    """JSON documents. kind coder: arrays under classes of the tiny model's tables to a payload, one
+    array after the other; dependent ones are a stage's and have indices and levels, the others
+    hyper-latents. kind tile: header fields and a payload to a tile."""
     model = second.read_model(file)
     rng = np.random.default_rng(SEED + 2)
     vectors: dict[str, Any] = {}
 
-    def coder(name: str, q: list[int], classes: list[int], lanes: int) -> None:
-        steps = [s for a, c in zip(q, classes, strict=True) if c for s in symbol_steps(a, c, model)]
-        payload = encode_steps(steps, lanes).hex()
-        fields = {"lanes": lanes, "classes": classes, "symbols": q, "payload": payload}
-        vectors[name] = {"kind": "coder", **fields}
+    def coder(name: str, lanes: int, *arrays: tuple[list[int], list[int], bool]) -> None:
+        """arrays: symbols, classes, dependent."""
+        writer = Writer(random_symbols(0), lanes)
+        entries: list[dict[str, Any]] = []
+        for k, c, dependent in arrays:
+            entry: dict[str, Any] = {"dependent": dependent, "classes": c}
+            entries.append(entry)
+            if not dependent:
+                writer.put_hyper_latents(model, np.array(k), np.array(c))
+                entry["symbols"] = k
+                continue
+            found, u = writer.put_indices(model, lambda at, _, k=k: k[at[0]], np.array(c, int))
+            entry |= {"indices": k, "levels": second.levels_of(found, u).tolist()}
+            assert found.tolist() == k
+        payload = encode_symbols(writer.steps, lanes).hex()
+        vectors[name] = {"kind": "coder", "lanes": lanes, "arrays": entries, "payload": payload}
 
-    coder("coder-empty-lanes4", [], [], 4)
-    coder("coder-class0-lanes1", [0] * 5, [0] * 5, 1)
-    for lanes in (1, 2, 4, 32):
-        classes = rng.integers(0, 128, 60)
+    def drawn(count: int, least: int) -> tuple[list[int], list[int]]:
+        classes = rng.integers(least, 128, count)
         scale = np.where(classes > 0, 2.0 ** ((classes - 1) / 8 - 2.75), 0)
-        q = np.rint(rng.laplace(0, scale / np.sqrt(2) + 1e-12)).astype(int)
-        coder(f"coder-all-classes-lanes{lanes}", q.tolist(), classes.tolist(), lanes)
+        k = np.rint(rng.laplace(0, scale / np.sqrt(2) + 1e-12)).astype(int)
+        return k.tolist(), classes.tolist()
+
+    coder("coder-empty-lanes4", 4)
+    coder("coder-class0-lanes1", 1, ([0] * 5, [0] * 5, True))
+    for lanes in (1, 2, 4, 8, 16, 32):
+        z = [int(np.clip(k, -127, 127)) for k in range(-7, 8)], rng.integers(1, 128, 15).tolist()
+        parts = (*z, False), (*drawn(60, 0), True), (*drawn(37, 0), True), (*z, False)
+        coder(f"coder-all-classes-lanes{lanes}", lanes, *parts, (*drawn(50, 0), True))
     far = [2**20, -(2**20), 2**20 - 1, 2**14, -(2**15) - 7, 4, -4, 3, -3, 2, -2]
-    coder("coder-escapes-lanes4", far, [1, 1, 5, 9, 2, 1, 1, 1, 1, 1, 1], 4)
-    coder("coder-escapes-raw-bits-lanes2", far, [30, 127, 90, 25, 40, 32, 33, 127, 120, 60, 61], 2)
+    escaping = [1, 1, 5, 9, 2, 1, 1, 1, 1, 1, 1]
+    raw = [30, 127, 90, 25, 40, 32, 33, 127, 120, 60, 61]
+    coder("coder-escapes-lanes4", 4, (far, escaping, True))
+    coder("coder-escapes-raw-bits-lanes2", 2, (far, raw, True))
+    for name, classes in (("escapes", escaping), ("escapes-raw-bits", raw)):
+        steered = under_quantiser_1(far, classes)
+        for lanes in (1, 4):
+            apart = ([k for k, _ in steered for _ in range(lanes)],
+                     [c for _, c in steered for _ in range(lanes)])  # fmt: skip
+            coder(f"coder-{name}-quantiser1-lanes{lanes}", lanes, (*apart, True))
+    # every transition of the states: a lane walks them all
+    coder("coder-walk-lanes1", 1, (rng.integers(-6, 7, 150).tolist(), [20] * 150, True))
 
     def packed(name: str, data: bytes, payload: bytes, learned: Learned | None = None) -> None:
         height, width = struct.unpack("<HH", data[6:10])
@@ -549,11 +776,13 @@ def encode_vectors(file: bytes) -> dict[str, Any]:
     return vectors
 
 
-def bare(model: second.Model, gain: int, values: list[int], classes: list[int]) -> list[Step]:
-    """Steps of a 1 x 1 tile's hyper-latents and whatever follows, chosen freely."""
-    z_classes = model.z_classes[gain].tolist()
-    pairs = zip(values, [*z_classes, *classes], strict=True)
-    return [s for q, c in pairs if c for s in symbol_steps(q, c, model)]
+def bare(model: second.Model, base: Learned, values: list[int], classes: list[int]) -> list[Symbol]:
+    """Steps of a 1 x 1 tile's hyper-latents and of stage 0's indices, chosen freely."""
+    z = model.z_channels
+    writer = Writer(random_symbols(0), base.lanes)
+    writer.put_hyper_latents(model, np.array(values[:z]), model.z_classes[base.gain])
+    writer.put_indices(model, lambda at, _: values[z + at[0]], np.array(classes, int))
+    return writer.steps
 
 
 def stage_classes(model: second.Model, gain: int, z: list[int]) -> list[int]:
@@ -562,13 +791,13 @@ def stage_classes(model: second.Model, gain: int, z: list[int]) -> list[int]:
     class Stop(Exception):
         pass
 
-    def choose(classes: Array, limit: int, cell: second.Cell | None) -> Array:
+    def choose(classes: Array, cell: second.Cell | None) -> Array:
         if cell is None:
             return np.array(z).reshape(classes.shape)
         raise Stop(classes.reshape(-1).tolist())
 
     try:
-        second.decode_cell(Writer(choose), model, (1, 1), gain, 1)
+        second.decode_cell(Writer(choose, 1), model, (1, 1), gain, 1)
     except Stop as stop:
         found: list[int] = stop.args[0]
         return found
@@ -582,31 +811,33 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
     good = tile(0, 3, 5, colour)
     learned = Learned(16, 16, 90, picture=1)
     steps = learned.steps(file)
-    payload = encode_steps(steps, 4)
+    payload = encode_symbols(steps, 4)
     image = tissue(17, 31, 40)
     jxl, jpeg, j2k = (foreign(n, image) for n in ("lossless", "jpeg", "jpeg2000"))
     one = Learned(1, 1, 90, 1, 4)  # three hyper-latents, four symbols
     deep = Learned(1, 1, 255, 1, 4)
+    alone = Learned(1, 1, 255, 1, 1)  # one lane: 1, 0 lead to quantiser 1
 
     def crafted(base: Learned, values: list[int]) -> bytes:
-        classes = stage_classes(model, base.gain, values[:3]) if len(values) > 3 else []
-        steps = bare(model, base.gain, values, classes)
-        return base.tile(file, encode_steps(steps, base.lanes))
+        classes = stage_classes(model, base.gain, values[:3])
+        steps = bare(model, base, values, classes)
+        return base.tile(file, encode_symbols(steps, base.lanes))
 
     def escape(n: int, base: Learned) -> bytes:
         """The first symbol's escape says n bits."""
         t = int(model.z_classes[base.gain][0])
         b = 0 if t <= TABLES else -(-(t - TABLES) // 8)
-        t -= 8 * b + 1
+        t -= 8 * b + 1  # of quantiser 0
         r = model.table_radii[t]
         start = model.table_cdf[t][2 * r + 1]
         first = [(start, model.table_cdf[t][2 * r + 2] - start), *raw_steps(n, 5)]
         rest = raw_steps(0, min(n, 20)) + raw_steps(0, 1) + raw_steps(0, b)
-        return base.tile(file, encode_steps([*first, *rest, *[(0, 2**13)] * 40], base.lanes))
+        return base.tile(file, encode_symbols([[*first, *rest], *[[(0, 2**13)]] * 40], base.lanes))
 
     states = struct.pack("<4I", 2**16 - 1, *[2**16] * 3)
-    unfinished = bytearray(payload)
-    unfinished[0] ^= 1
+    unused = Learned(1, 1, 90, 1, 32)  # seven symbols
+    idle = bytearray(encode_symbols(unused.steps(file), 32))
+    idle[4 * 31] ^= 1
     truncated, form, limit = "TruncatedError", "FormatError", "LimitError"
     unsupported, checksum, unknown = "UnsupportedError", "ChecksumError", "UnknownModelError"
     other = tile(0, 3, 5, colour, crc=zlib.crc32(colour, zlib.crc32(good[:14])) ^ 0x80000000)
@@ -643,7 +874,9 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
         "state-below-range": (form, learned.tile(file, states + payload[16:])),
         "words-end-early": (truncated, learned.tile(file, payload[:-2])),
         "trailing-word": (form, learned.tile(file, payload + b"\0\0")),
-        "symbols-end-early": (form, learned.tile(file, encode_steps([*steps, (0, 2**13)], 4))),
+        "symbols-end-early": (form, learned.tile(file, encode_symbols([*steps, [(0, 2**13)]], 4))),
+        "state-of-an-idle-lane": (form, unused.tile(file, bytes(idle))),
+        "states-of-32-lanes-cut": (truncated, unused.tile(file, bytes(idle[:126]))),
         "stages-fewer-than-coded": (form, learned.tile(file, payload, packed=0x27)),
         "lanes-other-than-coded": (form, learned.tile(file, payload, packed=0x18)),
         "escape-of-21-bits": (form, escape(21, one)),
@@ -654,6 +887,12 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
         "symbol-beyond-range-negative": (form, crafted(deep, [0, 0, 0, 0, -(2**20) - 1, 0, 0])),
         # 2^32 + 1: in 32-bit arithmetic it would pass for 1
         "symbol-wraps-32-bits": (form, crafted(deep, [0, 0, 0, 2**32 + 1, 0, 0, 0])),
+        "symbol-beyond-range-quantiser-1": (form, crafted(alone, [0, 0, 0, 1, 0, 2**20 + 1, 0])),
+        "symbol-beyond-range-quantiser-1-negative": (
+            form,
+            crafted(alone, [0, 0, 0, 1, 0, -(2**20) - 1, 0]),
+        ),
+        "symbol-wraps-32-bits-as-a-level": (form, crafted(alone, [0, 0, 0, 1, 0, 2**31 + 1, 0])),
         "lossless-other-size": (form, tile(5, 31, 17, jxl)),
         "jpegxl-other-size": (form, tile(2, 17, 32, jxl)),
         "jpeg-other-size": (form, tile(3, 16, 31, jpeg)),
@@ -681,10 +920,11 @@ INDICES = ("symbols.json", "errors.json")
 
 
 def symbols_digest(cells: list[second.Cell]) -> str:
-    """SHA-256 of all symbols of a tile in coding order, as int32, little-endian."""
+    """SHA-256 of all hyper-latents and levels of a tile in coding order, with those of class 0, as
+    int32, little-endian."""
     digest = hashlib.sha256()
     for cell in cells:
-        for array in (cell.z, *cell.q):
+        for array in (cell.z, *cell.levels):
             digest.update(array.astype("<i4").tobytes())
     return digest.hexdigest()
 
@@ -705,10 +945,16 @@ def all_files() -> dict[Path, bytes]:
     file = path.read_bytes() if path.exists() else tiny_decoder()
     path = FOLDER / "tiny.encoder.wscm"
     encoder = path.read_bytes() if path.exists() else tiny_encoder(file)
-    files = {FOLDER / "tiny.wscm": file, FOLDER / "tiny.encoder.wscm": encoder}
+    path = FOLDER / "smallest.wscm"
+    smallest = path.read_bytes() if path.exists() else smallest_decoder()
+    files = {
+        FOLDER / "tiny.wscm": file,
+        FOLDER / "tiny.encoder.wscm": encoder,
+        FOLDER / "smallest.wscm": smallest,
+    }
     symbols = {}
-    for name, data in decode_vectors(file).items():
-        decoded = second.decode(data, [file])
+    for name, data in decode_vectors(file, smallest).items():
+        decoded = second.decode(data, [file, smallest])
         files[FOLDER / "decode" / f"{name}.tile"] = data
         files[FOLDER / "decode" / f"{name}.png"] = imagecodecs.png_encode(decoded.pixels)
         if decoded.mode == "learned":
@@ -718,6 +964,8 @@ def all_files() -> dict[Path, bytes]:
     refused = refuse_vectors(file)
     for name, (_, data) in refused.items():
         files[FOLDER / "refuse" / f"{name}.tile"] = data
+    for name, data in broken_models().items():
+        files[FOLDER / "refuse" / f"{name}.wscm"] = data
     for path, entries in (
         (FOLDER / "decode" / "symbols.json", symbols),
         (FOLDER / "refuse" / "errors.json", {n: error for n, (error, _) in refused.items()}),

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tools.export.fit import count_symbols, fitted_hyper_classes, fitted_tables
+from tools.export.fit import count_symbols, fitted_hyper_classes
 from tools.export.model import (
     decoder_file,
     encoder_file,
     hyper_classes,
     load_network,
-    normal_tables,
     quality_gains,
 )
 from tools.train.images import Sampler, load_sources
-from wsicodec.codec.network import Search, decode_tile, encode_tile
+from tools.train.tables import fitted_tables
+from wsicodec.codec.network import decode_tile, encode_tile
 from wsicodec.models.decoder import load_decoder
 from wsicodec.models.encoder import load_encoder
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "trained": {"steps": state["step"], "minutes": round(state["elapsed"], 1)},
     }
     qualities = quality_gains(arguments.diagnostic_gain)
-    tables, z_classes = normal_tables(), hyper_classes(net)
+    tables, z_classes = net.search.tables, hyper_classes(net)
     sampler = Sampler(load_sources(Path(arguments.data)), 256, 7)
     if arguments.crops:
         first = decoder_file(net, header, tables, z_classes)
@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         decoder, encoder = load_decoder(first), load_encoder(second)
         span = (int(qualities[0]), int(qualities[-1]))
-        counts, squares = count_symbols(sampler, decoder, encoder, arguments.crops, span)
+        counts, squares = count_symbols(
+            sampler, decoder, encoder, arguments.crops, span, arguments.diagnostic_gain
+        )
         tables = fitted_tables(counts)
         z_classes = fitted_hyper_classes(squares, z_classes)
     decoder_bytes = decoder_file(net, header, tables, z_classes)
@@ -75,9 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
 
     image = sampler.one()
-    nearest = Search(arguments.strength, float("inf"))
     for gain in (40, 90, 180):
-        tile = encode_tile(image, decoder, encoder, gain, nearest)
+        tile = encode_tile(image, decoder, encoder, gain)
         ours = decode_tile(tile, decoder).astype(int)
         stages = len(net.settings.stages) - (gain < LAST_STAGE_GAIN)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fits the symbol tables to counts of real symbols: what a class holds, not what theory says."""
+"""Counts real symbols, for tables of what a class holds, not of what theory says."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from tools.export.model import TABLE_CLASSES, normal_weights, scale_of
 from tools.train.images import Sampler
+from tools.train.tables import TABLE_CLASSES
 from wsicodec.codec.cell import CellShape
-from wsicodec.codec.network import Search, quantise_cell
-from wsicodec.entropy.tables import SymbolTables, tables_from_weights
+from wsicodec.codec.network import LANES_LOG2, Search, quantise_cell
+from wsicodec.entropy.trellis import split_levels
 from wsicodec.models.decoder import DecoderModel
 from wsicodec.models.encoder import EncoderModel
 
 Array = np.ndarray[Any, Any]
-PRIOR = 200.0
-"""Weight of the normal distribution, in symbols, against the counts."""
+
+
+NEAR, NEAR_SHARE = (30, 40), 0.8
 
 
 def count_symbols(
@@ -25,48 +26,36 @@ def count_symbols(
     encoder: EncoderModel,
     crops: int,
     gains: tuple[int, int],
-) -> tuple[dict[int, Array], Array]:
-    """(counts, squares): per class, counts of its table's values -64 ... 64 (latents alone), and
-    (256, z channels, 2) sums of squared hyper-latents and their number."""
-    counts = {c: np.zeros(129) for c in range(1, TABLE_CLASSES + 1)}
+    usual: int,
+) -> tuple[Array, Array]:
+    """(counts, squares): (2, classes, 129) counts of indices -64 ... 64 by quantiser and class
+    (latents alone), and (256, z channels, 2) sums of squared hyper-latents and their number.
+
+    gains: the range. usual: the default quality's; most crops are coded near it, since the finest
+    gains have the most symbols, of other shapes.
+    """
+    counts = np.zeros((2, TABLE_CLASSES + 1, 129))
     squares = np.zeros((256, decoder.architecture.z_channels, 2))
     rng = np.random.default_rng(1)
     search = Search(encoder.step_strength, encoder.lagrange)
     for _ in range(crops):
         image = sampler.one()
-        gain = int(rng.integers(gains[0], gains[1] + 1))
+        near = max(gains[0], usual - NEAR[0]), min(gains[1], usual + NEAR[1])
+        span = near if rng.random() < NEAR_SHARE else gains
+        gain = int(rng.integers(span[0], span[1] + 1))
         limit = int((encoder.stage_gain <= gain).sum())
         shape = CellShape(*image.shape[:2])
         coded = quantise_cell(image, shape, decoder, encoder, gain, limit, search)
         z = coded[0][0].astype(float)
         squares[gain, :, 0] += (z**2).sum((1, 2))
         squares[gain, :, 1] += z[0].size
-        for symbols, classes in coded[1:]:
-            q, c = symbols.reshape(-1), classes.reshape(-1)
-            near = (c > 0) & (c <= TABLE_CLASSES)
-            flat = c[near].astype(np.int64) * 129 + np.clip(q[near], -64, 64) + 64
-            total = np.bincount(flat, minlength=129 * (TABLE_CLASSES + 1)).reshape(-1, 129)
-            for k in range(1, TABLE_CLASSES + 1):
-                counts[k] += total[k]
+        for levels, classes in coded[1:]:
+            k, quantiser = split_levels(levels, classes, 1 << LANES_LOG2)
+            near = (classes > 0) & (classes <= TABLE_CLASSES)
+            row = quantiser[near].astype(np.int64) * (TABLE_CLASSES + 1) + classes[near]
+            flat = row * 129 + np.clip(k[near], -64, 64) + 64
+            counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
     return counts, squares
-
-
-def fitted_tables(counts: dict[int, Array]) -> SymbolTables:
-    """Tables from counts, symmetric, with the normal distribution as the prior."""
-    weights = []
-    for c in range(1, TABLE_CLASSES + 1):
-        prior = normal_weights(scale_of(c))
-        # heavier tails than the normal's need a wider table in the small classes
-        radius = int(np.clip((len(prior) - 2) // 2 + 2, 3, 64))
-        seen = counts[c][64 - radius : 64 + radius + 1]
-        seen = (seen + seen[::-1]) / 2
-        escape = max(counts[c].sum() - seen.sum(), 0.0)
-        base = np.full(2 * radius + 2, 1e-6)
-        middle = (len(prior) - 2) // 2
-        base[radius - middle : radius + middle + 1] += prior[:-1]
-        base[-1] += prior[-1]
-        weights.append(np.append(seen, escape + 0.05) + PRIOR * base / base.sum())
-    return tables_from_weights(weights)
 
 
 def fitted_hyper_classes(squares: Array, fallback: Array) -> Array:

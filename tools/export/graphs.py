@@ -9,6 +9,7 @@ import numpy as np
 from tools.export.builder import FLOAT, INT8, INT16, UINT8, GraphBuilder, grid
 from tools.train.integer import IntegerConv
 from tools.train.network import STEP_PEAK, STEP_UNIT, ResidualBlock, Stage, TileNetwork
+from tools.train.shipped import raster_order
 
 Array = np.ndarray[Any, Any]
 
@@ -87,19 +88,13 @@ def stage_graph(net: TileNetwork, stage: Stage) -> bytes:
     return g.finish(inputs, outputs)
 
 
-def raster_order(block: int) -> Array:
-    """Index of sample (row, column, colour) within (colour, row, column)."""
-    index = np.arange(3 * block * block).reshape(3, block, block)
-    return index.transpose(1, 2, 0).reshape(-1)
-
-
 def chain_graph(net: TileNetwork) -> bytes:
-    """context (uint8, 128 is zero; last channel the gain plane) -> correction (int8)."""
+    """context (last channel the gain plane) -> correction, both uint8 with 128 for zero."""
     n = net.settings
     g = NetworkBuilder("chain")
     x, exponent = "context", net.chain[0].in_exponent
     layers = [*net.chain, net.chain_out]
-    zero: np.uint8 | np.int8 = np.uint8(128)
+    zero = np.uint8(128)
     for i, layer in enumerate(layers):
         rows = layer.rows()
         last = i == len(layers) - 1
@@ -109,7 +104,7 @@ def chain_graph(net: TileNetwork) -> bytes:
             weight, bias, shift = weight[order], bias[order], shift[order]
         # shift = k + in - out, and a row's weights are in steps of 2**-k
         row = -(shift - layer.in_exponent + layer.out_exponent)
-        after: np.uint8 | np.int8 = np.int8(0) if last else np.uint8(0)
+        after = np.uint8(128 if last else 0)
         x = g.quantised_conv(
             x, (weight, bias, row), (-exponent, zero), (-layer.out_exponent, after)
         )
@@ -117,7 +112,7 @@ def chain_graph(net: TileNetwork) -> bytes:
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.finish(
         {"context": (UINT8, grid(n.context_channels + 1))},
-        {"correction": (INT8, ["batch", "rows", "columns", 3 * n.block**2])},
+        {"correction": (UINT8, ["batch", "rows", "columns", 3 * n.block**2])},
     )
 
 

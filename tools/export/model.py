@@ -8,47 +8,21 @@ import numpy as np
 import torch
 
 from tools.export import graphs
-from tools.train.network import (
-    SCALE_LOG2_OF_CLASS_1,
-    SCALE_STEPS_PER_OCTAVE,
-    TileNetwork,
-)
+from tools.train.network import TileNetwork
 from tools.train.settings import NetworkSettings
-from wsicodec.entropy.tables import MAX_RADIUS, SymbolTables, tables_from_weights
+from tools.train.shipped import raster_order
+from tools.train.tables import SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
+from wsicodec.entropy.tables import SymbolTables
 from wsicodec.models import container
 
-TABLE_CLASSES = 55
 Array = np.ndarray[Any, Any]
-
-
-def scale_of(symbol_class: int) -> float:
-    """Standard deviation, in steps, of a class."""
-    return float(2 ** ((symbol_class - 1) / SCALE_STEPS_PER_OCTAVE + SCALE_LOG2_OF_CLASS_1))
-
-
-def normal_weights(scale: float) -> Array:
-    """Probabilities of -R ... R and the escape under a rounded normal distribution."""
-    from scipy.special import ndtr
-
-    radius = int(np.clip(np.ceil(5.0 * scale), 1, min(64, MAX_RADIUS)))
-    edges = np.arange(-radius - 0.5, radius + 1)
-    p = np.diff(ndtr(edges / scale))
-    return np.append(p, max(1 - p.sum(), 1e-7))
-
-
-def normal_tables() -> SymbolTables:
-    """Tables of rounded normal distributions, before they are fitted to counts."""
-    return tables_from_weights([normal_weights(scale_of(c)) for c in range(1, TABLE_CLASSES + 1)])
 
 
 def load_network(checkpoint: str) -> tuple[TileNetwork, dict[str, Any]]:
     """The averaged network of a checkpoint, and the checkpoint's other contents."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     net = TileNetwork(NetworkSettings.from_dict(state["network"]))
-    weights = {k: v.float() for k, v in state["average"].items()}
-    if "inverse" not in weights:
-        weights["inverse"] = torch.linalg.pinv(weights["basis"].double()).float()
-    net.load_state_dict(weights)
+    net.load_state_dict({k: v.float() for k, v in state["average"].items()})
     return net.eval(), state
 
 
@@ -66,7 +40,7 @@ def decoder_file(
 ) -> bytes:
     """The decoder model's bytes."""
     n = net.settings
-    order = graphs.raster_order(n.block)
+    order = raster_order(n.block)
     gain = np.exp(net.log_gain.detach().double().numpy())
     deviation = net.deviation.double().numpy()
     means = n.channels_of(n.mean_stages)
@@ -135,6 +109,7 @@ def encoder_file(
         "corrected": n.analysis_channels,
         "step_strength": step_strength,
         "lagrange": lagrange,
+        "network": n.to_dict(),
         **header,
     }
     return container.pack(

@@ -23,6 +23,7 @@ from tools.train.klt import block_klt
 from tools.train.losses import distortion
 from tools.train.network import TileNetwork, gain_of
 from tools.train.settings import NetworkSettings, TrainSettings
+from tools.train.shipped import read_start
 
 OUTLIER = 6.0
 """Batches whose gradient norm exceeds the recent median by this factor are skipped."""
@@ -37,15 +38,19 @@ def learning_rate_factor(step: int, progress: float, settings: TrainSettings) ->
     return warm * (0.5 * (1 + math.cos(math.pi * min(1, (progress - start) / (1 - start)))) + 0.01)
 
 
-def slim(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint to keep and to start from: the moving average alone, in float16 but for the
-    transform, without what can be computed from it."""
+def averaged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of networks that went on from one checkpoint with different seeds.
+
+    Their errors differ where their images did; the mean of the weights keeps what they agree on.
+    """
+    first = states[0]
+    if any(s["network"] != first["network"] for s in states):
+        raise ValueError("only networks of one shape can be averaged")
     average = {
-        k: v.cpu() if k in ("basis", "mean", "deviation") else v.cpu().half()
-        for k, v in state["average"].items()
-        if k != "inverse"
+        k: sum(s["average"][k].double() for s in states).to(v.dtype) / len(states)
+        for k, v in first["average"].items()
     }
-    return {**{k: state[k] for k in ("network", "train", "step", "elapsed")}, "average": average}
+    return {**{k: first[k] for k in ("network", "train", "step", "elapsed")}, "average": average}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -82,29 +87,39 @@ class Run:
             "elapsed": self.elapsed,
         }
 
-    def start_from(self, weights: dict[str, torch.Tensor], stages: dict[int, list[int]]) -> None:
-        """Take over the weights that fit, from a network of other stages.
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's weights, also from a network of other stages or widths.
 
-        stages: for each old stage the new ones that may begin with its weights.
+        A stage takes the weights of the old stage that codes the same channels. Wider layers keep
+        the old rows and columns; their new columns start at zero, so they change nothing yet. A 1x1
+        kernel begins as the centre of a larger one.
         """
+        old, new = state["network"], self.net.settings
+        weights = state["average"]
+        sources = stage_sources(old["stages"], new)
         mine = self.net.state_dict()
-        renamed: dict[str, torch.Tensor] = {}
-        for key, value in weights.items():
-            if not key.startswith("stages."):
-                renamed[key] = value
-                continue
-            _, index, rest = key.split(".", 2)
-            for target in stages[int(index)]:
-                name = f"stages.{target}.{rest}"
-                wanted = mine[name].shape[1:2] if name in mine else None
-                # a stage that lost its means sees magnitudes alone: the second half
-                half = rest == "reduce.weight" and wanted and 2 * wanted[0] == value.shape[1]
-                renamed[name] = value[:, value.shape[1] // 2 :] if half else value
-        if "inverse" not in renamed:
-            renamed["inverse"] = torch.linalg.pinv(renamed["basis"].double()).float()
-        fitting = {k: v for k, v in renamed.items() if k in mine and mine[k].shape == v.shape}
-        self.net.load_state_dict({**mine, **fitting})
-        print(f"took over {len(fitting)} of {len(mine)} tensors")
+        taken = 0
+        for name, target in mine.items():
+            source, segments = name, column_segments(name, old, new)
+            if name.startswith("stages."):
+                _, index, rest = name.split(".", 2)
+                if int(index) not in sources:
+                    continue
+                source = f"stages.{sources[int(index)]}.{rest}"
+                if rest == "middle.weight" and target.shape[1] > new.hyper + 1:
+                    segments = (old["hyper"], old["context"], 1), (new.hyper, new.context, 1)
+                elif rest == "middle.weight":
+                    segments = (old["hyper"], 1), (new.hyper, 1)
+                elif rest == "scale.weight":
+                    segments = (old["middle"], 1), (new.middle, 1)
+                elif rest == "reduce.weight" and source in weights:
+                    inputs = weights[source].shape[1]
+                    if int(index) < new.mean_stages:  # values beside their magnitudes
+                        segments = (inputs // 2,) * 2, (target.shape[1] // 2,) * 2
+            if source in weights and weights[source].dim() == target.dim():
+                taken += take_over(target, weights[source].to(target), segments)
+        self.net.load_state_dict(mine)
+        print(f"took over {taken} of {len(mine)} tensors")
 
     def resume(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["weights"])
@@ -187,8 +202,7 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         run.net.start_from_klt(*block_klt(sampler, network.block, settings.chroma_weight))
         if arguments.start_from:
-            state = torch.load(arguments.start_from, map_location="cpu", weights_only=True)
-            run.start_from(state["average"], stage_names(state["network"]["stages"], network))
+            run.start_from(read_start(Path(arguments.start_from)))
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {device}, step {run.step}")
@@ -218,15 +232,66 @@ def train(arguments: argparse.Namespace) -> None:
     save(out, run.state())
 
 
-def stage_names(old: Any, new: NetworkSettings) -> dict[int, list[int]]:
-    """Stages of a new network that may begin with the weights of each old one: the same stage, or
-    those of the same channels."""
-    names = {}
-    for i, stage in enumerate(old):
-        same = [k for k, s in enumerate(new.stages) if tuple(s) == tuple(stage)]
-        alike = [k for k, s in enumerate(new.stages) if tuple(s[:2]) == tuple(stage[:2])]
-        names[i] = same or alike
-    return names
+Segments = tuple[tuple[int, ...], tuple[int, ...]]
+"""Widths of a layer's concatenated inputs, old and new."""
+
+
+def column_segments(name: str, old: dict[str, Any], new: NetworkSettings) -> Segments | None:
+    """Of layers that see the gain plane, or more, beside their input; None for others."""
+    if name == "h_s.weight":
+        return (old["hyper"], 1), (new.hyper, 1)
+    if name in ("chain.0.weight", "h_a.0.weight"):
+        return (old["context_channels"], 1), (new.context_channels, 1)
+    if name == "analysis.0.weight":
+        before = old["analysis_channels"], old["analysis"], 1
+        return before, (new.analysis_channels, new.analysis, 1)
+    return None
+
+
+def take_over(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    segments: Segments | None,
+) -> bool:
+    """Copy a weight into one of the same or a wider layer; False where it does not fit.
+
+    segments: widths of the concatenated inputs, old and new; the inputs are one segment by default.
+    """
+    if target.shape == source.shape:
+        target.copy_(source)
+        return True
+    if target.dim() == 1:
+        if len(source) > len(target):
+            return False
+        target[: len(source)] = source
+        return True
+    if target.dim() == source.dim() == 4 and target.shape[2:] == (1, 1):
+        source = source[:, :, source.shape[2] // 2, source.shape[3] // 2, None, None]
+    if target.dim() != 4 or target.shape[2:] != source.shape[2:]:
+        return False
+    old, new = segments or ((source.shape[1],), (target.shape[1],))
+    if sum(old) != source.shape[1] or sum(new) != target.shape[1]:
+        return False
+    rows = min(len(source), len(target))
+    begin, start = 0, 0
+    for before, after in zip(old, new, strict=True):
+        width = min(before, after)
+        target[:rows, start + width : start + after] = 0
+        target[:rows, start : start + width] = source[:rows, begin : begin + width]
+        begin, start = begin + before, start + after
+    return True
+
+
+def stage_sources(old: Any, new: NetworkSettings) -> dict[int, int]:
+    """For each stage of a new network the old one to begin with: the same, or one of the same
+    channels."""
+    sources = {}
+    for k, stage in enumerate(new.stages):
+        same = [i for i, s in enumerate(old) if tuple(s) == stage]
+        alike = [i for i, s in enumerate(old) if tuple(s[:2]) == stage[:2]]
+        if same or alike:
+            sources[k] = (same or alike)[0]
+    return sources
 
 
 def bar(share: float, width: int = 20) -> str:
@@ -238,7 +303,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.train", description=__doc__)
     parser.add_argument("--data", help="folder of images, or a pack made by --pack")
     parser.add_argument("--out", required=True, help="checkpoint; resumed when it exists")
-    parser.add_argument("--start-from", metavar="CHECKPOINT", help="weights to begin with")
+    parser.add_argument(
+        "--start-from", metavar="FILE", help="weights to begin with: a checkpoint or a model"
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -252,12 +319,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--pack-mib", type=float, default=45)
     parser.add_argument(
-        "--slim", metavar="CHECKPOINT", help="instead of training: write a small one to --out"
-    )
+        "--average", nargs="+", metavar="CHECKPOINT",
+        help="instead of training: the mean of runs that went on from one checkpoint, to --out",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    if arguments.slim:
-        state = torch.load(arguments.slim, map_location="cpu", weights_only=True)
-        save(Path(arguments.out), slim(state))
+    if arguments.average:
+        paths = arguments.average
+        states = [torch.load(p, map_location="cpu", weights_only=True) for p in paths]
+        save(Path(arguments.out), averaged(states))
         return 0
     if arguments.pack:
         size = int(arguments.pack_mib * 2**20)

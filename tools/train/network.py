@@ -1,6 +1,6 @@
 """The tile codec's network: KLT-started linear transform, integer entropy model, int8 chain.
 
-    x -> g_a -> y --gain(E)--> v -> round(v - mu) -> q        E = clip(G + 4 z_0, 0, 255)
+    x -> g_a -> y --gain(E)--> v -> search(v - mu) -> q       E = clip(G + 4 z_0, 0, 255)
                y -> h_a -> z -> h_s -> h                       z_0: adaptive step, from x
     stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(stages) - 1
     x_hat    = linear(y_hat) + step(E) * chain(context(y_hat), E)
@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.train.dependent import DependentSearch, dependent_bits
 from tools.train.integer import IntegerConv, floor_at, straight_through
 from tools.train.settings import NetworkSettings
+from tools.train.tables import SCALE_CLASSES, SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
 
 GAIN_STEPS_PER_OCTAVE = 32
 GAIN_TOP_STEP = 6  # log2 of the quantisation step at gain index 0
-SCALE_STEPS_PER_OCTAVE = 8
-SCALE_LOG2_OF_CLASS_1 = -2.75
-SCALE_CLASSES = 128
 UNIT = 5  # exponent of hidden activations, contexts and the gain plane: steps of 1/32
 Z_EXPONENT = 2
 STEP_UNIT = 4  # gain indices per unit of z_0
@@ -40,6 +39,7 @@ MEAN_PEAK = 1023
 LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
 CHAIN_PEAK = 63
 CHAIN_OUT_EXPONENT = 6  # corrections in 1/64 of a step
+LATTICE_SHARE = (1.0, 0.25, 0.25, 0.5)  # of positions
 
 
 def gain_of(index: Tensor) -> Tensor:
@@ -57,19 +57,6 @@ def gaussian_bits(value: Tensor, scale: Tensor) -> Tensor:
     upper = torch.special.ndtr((0.5 - value) / scale)
     lower = torch.special.ndtr((-0.5 - value) / scale)
     return -torch.log2((upper - lower).clamp_min(1e-9))
-
-
-@torch.no_grad()
-def search_symbols(r: Tensor, scale: Tensor, lagrange: float = 6.0) -> Tensor:
-    """The nearest symbols, or those one nearer to zero where the bits saved are worth it.
-
-    Encoders search alike; a network trained on nearest symbols alone expects too many of them.
-    lagrange: bits that a squared error of one step is worth.
-    """
-    near = torch.round(r)
-    less = near - torch.sign(near)
-    saved = gaussian_bits(near, scale) - gaussian_bits(less, scale)
-    return torch.where(lagrange * ((r - less) ** 2 - (r - near) ** 2) < saved, less, near)
 
 
 def adaptive_steps(x: Tensor, strength: Tensor) -> Tensor:
@@ -196,12 +183,12 @@ class TileNetwork(nn.Module):
         self.stages = nn.ModuleList(Stage(n, i) for i in range(len(n.stages)))
 
         layers = []
-        for i in range(n.chain_layers):
+        for i, kernel in enumerate(n.chain_kernels):
             layers.append(
                 IntegerConv(
                     n.context_channels + 1 if i == 0 else n.chain,
                     n.chain,
-                    3,
+                    kernel,
                     in_peak=127 if i == 0 else 255,
                     weight_peak=CHAIN_PEAK,
                 )
@@ -216,6 +203,7 @@ class TileNetwork(nn.Module):
         self.log_gain = nn.Parameter(torch.full((channels,), -0.5))
         self.z_log_scale = nn.Parameter(torch.full((n.z_channels,), 0.0))
         self.z_log_slope = nn.Parameter(torch.zeros(n.z_channels))
+        self.search = DependentSearch()
         self.register_buffer("deviation", torch.ones(channels))
         self.register_buffer("basis", torch.zeros(channels, pixels))
         self.register_buffer("inverse", torch.zeros(pixels, channels))
@@ -277,7 +265,7 @@ class TileNetwork(nn.Module):
         strength: (N,) of the adaptive step.
 
         Returns the reconstruction (not clipped) and rates. In training mode hyper-latents' rates
-        see additive noise; symbols are those of a search. Latents take their gradient from additive
+        see additive noise; levels are those of a search. Latents take their gradient from additive
         noise (rate) and straight through the rounding (distortion).
         """
         n = self.settings
@@ -314,9 +302,11 @@ class TileNetwork(nn.Module):
             else:
                 mu = torch.zeros_like(v)
             r = v - mu
-            q = search_symbols(r, scale) * (index > 0.5)
-            r_hat = straight_through(q, r)
-            b_q = gaussian_bits(q, scale)
+            mask = lattice_mask(stage.lattice, *y.shape[-2:]).to(y.device)
+            classes = torch.round(index.detach()) * mask
+            level, quantiser = self.search(r, classes)
+            r_hat = straight_through(level / 2, r)
+            b_q = dependent_bits(level, quantiser, scale)
             if self.training:
                 # scales learn from the symbols that are coded, latents from a smooth surrogate
                 noisy = r + torch.rand_like(r) - 0.5
@@ -324,14 +314,9 @@ class TileNetwork(nn.Module):
                     b_q - b_q.detach()
                 )
             else:
-                b_q = b_q * (index > 0.5)
-            if stage.lattice:
-                mask = lattice_mask(stage.lattice, *y.shape[-2:]).to(y.device)
-                b_q = b_q * mask
-            bits = bits + b_q.sum((1, 2, 3))
-            y_hat = (r_hat + mu) / gc
-            if stage.lattice:
-                y_hat = y_hat * mask
+                b_q = b_q * (classes > 0)
+            bits = bits + (b_q * mask).sum((1, 2, 3))
+            y_hat = (r_hat + mu) / gc * mask
             decoded[a] = decoded[a] + y_hat if a in decoded else y_hat
             if a < n.context_channels:
                 contexts[a] = self.context_of(decoded[a], a)
@@ -350,9 +335,8 @@ class TileNetwork(nn.Module):
         per_position = lambda m: m.weight.numel() if m is not None else 0  # noqa: E731
         entropy = per_position(self.h_s_expand) / 4 + per_position(self.h_s)
         for s in self.stages[:stages]:
-            entropy += sum(
-                per_position(m) for m in (s.reduce, s.context, s.middle, s.scale, s.mean)
-            )
+            coded = sum(per_position(m) for m in (s.context, s.middle, s.scale, s.mean))
+            entropy += per_position(s.reduce) + LATTICE_SHARE[s.lattice] * coded
         chain = sum(per_position(m) for m in (*self.chain, self.chain_out))
         linear = n.channels_of(stages) * 3 * n.block**2
         area = n.block**2 * 1000

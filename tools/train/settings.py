@@ -17,7 +17,7 @@ class NetworkSettings:
     context_channels: leading latents that later stages and the correction chain see.
     z_channels: hyper-latents, one per 2x2 latent positions.
     hyper, context, middle: widths of the integer entropy networks.
-    chain: width of the int8 correction chain; chain_layers: its 3x3 layers.
+    chain: width of the int8 correction chain; chain_kernels: sides of its hidden layers' kernels.
     analysis, analysis_layers: width and residual blocks of the (float) analysis correction.
     analysis_channels: leading latents that the analysis correction may change.
     """
@@ -30,7 +30,9 @@ class NetworkSettings:
         (16, 48, 1),
         (16, 48, 2),
         (16, 48, 3),
-        (64, 128, 0),
+        (64, 128, 1),
+        (64, 128, 2),
+        (64, 128, 3),
         (192, 256, 0),
         (448, 320, 0),
     )
@@ -38,10 +40,10 @@ class NetworkSettings:
     context_channels: int = 192
     z_channels: int = 32
     hyper: int = 64
-    context: int = 64
-    middle: int = 96
+    context: int = 96
+    middle: int = 128
     chain: int = 160
-    chain_layers: int = 2
+    chain_kernels: tuple[int, ...] = (1, 3)
     analysis: int = 128
     analysis_layers: int = 2
     analysis_channels: int = 448
@@ -64,7 +66,8 @@ class NetworkSettings:
         if unknown:
             raise ValueError(f"unknown network settings: {sorted(unknown)}")
         stages = tuple((int(a), int(b), int(c)) for a, b, c in values["stages"])
-        return cls(**{**values, "stages": stages})
+        kernels = tuple(int(k) for k in values["chain_kernels"])
+        return cls(**{**values, "stages": stages, "chain_kernels": kernels})
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from wsicodec.codec.protocol import Image
-from wsicodec.entropy.kernel import compiled
+from wsicodec.entropy.compiled import compiled
+from wsicodec.entropy.trellis import search_levels
 from wsicodec.errors import FormatError
-from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel, lattice_mask
+from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel
+from wsicodec.models.lattice import lattice_positions
 
 CELL = 512
 BLOCK = 16
 SAMPLES = 3 * BLOCK * BLOCK
-SYMBOL_PEAK = 2**20
+LEVEL_PEAK = 2**21
+INDEX_PEAK = 2**20 - 2
 STEPS_PER_OCTAVE = 32
 SPARSE_SHARE = 0.2
 TOP_STEP = 64.0  # quantisation step at gain index 0
@@ -50,100 +53,75 @@ STEPS = steps_of_gains()
 
 @compiled
 def _dequantise(
-    symbols, means, lattice, gains, octave, mean_factor, context_factor, inverse_gain, steps,
+    levels, means, where, gains, octave, mean_factor, context_factor, inverse_gain, steps,
     y, context
 ):  # fmt: skip
-    """Symbols of one stage to latents ``y`` (channels, positions) and context integers, on the
-    positions of its lattice.
+    """Levels (channels, positions of the lattice) of one stage to latents ``y`` (channels,
+    positions) and to context integers and their magnitudes (2, channels, positions; 128 is zero),
+    on the positions ``where``.
 
-    Integers: v = 16 q + mean, in sixteenths of a step. Returns False for a symbol out of range.
+    Integers: v = 8 level + mean, in sixteenths of a step. Returns False for a level out of range.
     """
-    channels, positions = symbols.shape
+    channels, used = levels.shape
     with_mean = means.shape[0] > 0
-    with_context = context.shape[0] > 0
+    with_context = context.shape[1] > 0
     # what depends on the position alone
-    where = np.empty(positions, np.int32)
-    size = np.empty(positions, np.float32)
-    mean_octave = np.empty(positions, np.int64)
-    context_octave = np.empty(positions, np.int64)
-    context_shift = np.empty(positions, np.int64)
-    used = 0
-    for p in range(positions):
-        if lattice[p]:
-            e = np.int64(gains[p])
-            r = 255 - e
-            where[used] = p
-            size[used] = steps[e] * np.float32(1 / 16)
-            mean_octave[used] = octave[e & 31] << (e >> 5)  # then all shifts are by 31
-            context_octave[used] = octave[r & 31]
-            context_shift[used] = 35 - (r >> 5)
-            used += 1
+    size = np.empty(used, np.float32)
+    mean_octave = np.empty(used, np.int64)
+    context_octave = np.empty(used, np.int64)
+    context_shift = np.empty(used, np.int64)
+    for i in range(used):
+        e = np.int64(gains[where[i]])
+        r = 255 - e
+        size[i] = steps[e] * np.float32(1 / 16)
+        mean_octave[i] = octave[e & 31] << (e >> 5)  # then all shifts are by 31
+        context_octave[i] = octave[r & 31]
+        context_shift[i] = 35 - (r >> 5)
     for c in range(channels):
         scale = inverse_gain[c]
         for i in range(used):
             p = where[i]
-            q = np.int64(symbols[c, p])
-            if q > SYMBOL_PEAK or q < -SYMBOL_PEAK:
+            v = np.int64(levels[c, i])
+            if v > LEVEL_PEAK or v < -LEVEL_PEAK:
                 return False
-            v = q * 16
+            v *= 8
             if with_mean:
-                m = np.int64(means[c, p]) * mean_factor[c] * mean_octave[i]
+                m = np.int64(means[c, i]) * mean_factor[c] * mean_octave[i]
                 v += (m + (np.int64(1) << 30)) >> 31
             if v == 0:
-                y[c, p] = np.float32(0)
-                if with_context:
-                    context[c, p] = np.float32(0)
                 continue
             y[c, p] = np.float32(v) * scale * size[i]
             if with_context:
                 shift = context_shift[i]
                 k = v * context_factor[c] * context_octave[i] + (np.int64(1) << (shift - 1))
-                context[c, p] = np.float32(min(max(k >> shift, -127), 127))
+                k = min(max(k >> shift, -127), 127)
+                context[0, c, p] = np.uint8(k + 128)
+                context[1, c, p] = np.uint8(abs(k) + 128)
     return True
 
 
 @compiled
-def _quantise(
-    y, classes, means, gains, octave, mean_factor, inverse_gain, steps,
-    class_table, class_raw, radii, bits, lagrange, symbols
-):  # fmt: skip
-    """Symbols of latents ``y`` (channels, positions), 0 in class 0.
-
-    Takes the nearest symbol, or one nearer to zero where that saves more bits than the channel's
-    ``lagrange`` times the squared error that it adds (in steps); infinite: always the nearest.
-    """
-    channels, positions = y.shape
+def _residuals(
+    y, where, classes, means, gains, octave, mean_factor, inverse_gain, steps, residuals
+):
+    """Latents ``y`` (channels, positions) at ``where`` less their means, in steps."""
+    channels, used = residuals.shape
     with_mean = means.shape[0] > 0
     for c in range(channels):
         gain = np.float32(1) / inverse_gain[c]
-        worth = lagrange[c]
-        for p in range(positions):
-            k = classes[c, p]
-            if k == 0:
-                symbols[c, p] = 0
+        for i in range(used):
+            if classes[c, i] == 0:
+                residuals[c, i] = np.float32(0)
                 continue
+            p = where[i]
             e = np.int64(gains[p])
             v = y[c, p] * gain / steps[e]
-            if with_mean and means[c, p] != 0:
+            if with_mean and means[c, i] != 0:
                 shift = 31 - (e >> 5)
-                product = np.int64(means[c, p]) * mean_factor[c] * octave[e & 31]
+                product = np.int64(means[c, i]) * mean_factor[c] * octave[e & 31]
                 m = (product + (np.int64(1) << (shift - 1))) >> shift
                 v -= np.float32(m) * np.float32(1 / 16)
-            q = np.int64(min(max(np.rint(v), -SYMBOL_PEAK), SYMBOL_PEAK))
-            t = class_table[k]
-            r = np.int64(radii[t])
-            if q != 0 and class_raw[k] == 0 and abs(q) <= r:
-                best = q
-                cost = bits[t, q + r] + worth * (v - q) * (v - q)
-                for _ in range(2):
-                    q += -1 if q > 0 else 1
-                    other = bits[t, q + r] + worth * (v - q) * (v - q)
-                    if other < cost:
-                        best, cost = q, other
-                    if q == 0:
-                        break
-                q = best
-            symbols[c, p] = q
+            residuals[c, i] = min(max(v, np.float32(-INDEX_PEAK)), np.float32(INDEX_PEAK))
 
 
 @compiled
@@ -152,22 +130,34 @@ def _accumulate(y, basis, linear):
     ``linear`` (positions, 768)."""
     channels, positions = y.shape
     samples = basis.shape[1]
+    # position by position, four rows at once: a block of samples stays in the nearest cache
+    count = np.zeros(positions, np.int64)
+    rows = np.zeros((positions, channels + 3), np.uint16)
+    values = np.zeros((positions, channels + 3), np.float32)
     for c in range(channels):
-        row = basis[c]
         for p in range(positions):
-            value = y[c, p]
-            if value != 0:
-                target = linear[p]
-                for n in range(samples):
-                    target[n] += value * row[n]
+            n = count[p]
+            rows[p, n] = c
+            values[p, n] = y[c, p]
+            count[p] = n + (y[c, p] != 0)
+    for p in range(positions):
+        n = count[p]
+        values[p, n : n + 3] = np.float32(0)
+        target = linear[p]
+        for i in range(0, n, 4):
+            v0, v1, v2, v3 = values[p, i], values[p, i + 1], values[p, i + 2], values[p, i + 3]
+            r0, r1 = basis[rows[p, i]], basis[rows[p, i + 1]]
+            r2, r3 = basis[rows[p, i + 2]], basis[rows[p, i + 3]]
+            for k in range(samples):
+                target[k] += (v0 * r0[k] + v1 * r1[k]) + (v2 * r2[k] + v3 * r3[k])
 
 
 @compiled
 def _assemble(linear, correction, gains, steps, columns, out):
-    """Pixels: round(linear + correction * step / 64), clipped to 0 ... 255, cropped to ``out``.
+    """Pixels: round(linear + (correction - 128) * step / 64), clipped to 0 ... 255.
 
-    linear: (positions, 768) float32, correction: (positions, 768) int8, block samples in (row,
-    column, colour) order; out: (height, width * 3) uint8.
+    linear: (positions, 768) float32, correction: (positions, 768) uint8, 128 is zero; samples in
+    (row, column, colour) order. out: (height, width * 3) uint8, to which blocks are cropped.
     """
     height, width = out.shape
     for i in range((height + 15) // 16):
@@ -181,7 +171,7 @@ def _assemble(linear, correction, gains, steps, columns, out):
                 base = linear[p, 48 * a : 48 * a + used]
                 change = correction[p, 48 * a : 48 * a + used]
                 for n in range(used):
-                    x = base[n] + np.float32(change[n]) * scale
+                    x = base[n] + (np.float32(change[n]) - np.float32(128)) * scale
                     target[n] = np.uint8(np.rint(min(max(x, np.float32(0)), np.float32(255))))
 
 
@@ -206,23 +196,25 @@ class CellShape:
 class CellLatents:
     """What a coded cell holds once all symbols are known.
 
-    y: (coded channels, positions) float32. context: (context channels, positions) float32
-    integers. gains: (positions,) uint8 effective gain indices.
+    y: (coded channels, positions) float32. context: (context channels + 1, rows, columns) uint8,
+    what the chain takes. gains: (positions,) uint8 effective gain indices.
     """
 
     shape: CellShape
     stages: int
     y: npt.NDArray[np.float32]
-    context: npt.NDArray[np.float32]
+    context: npt.NDArray[np.uint8]
     gains: npt.NDArray[np.uint8]
 
 
 Classes = npt.NDArray[np.uint8]
 Symbols = npt.NDArray[np.int32]
+Levels = npt.NDArray[np.int32]
 HyperSource = Callable[[Classes], Symbols]
 """Classes (z channels, rows, columns) to hyper-latent symbols of that shape."""
-StageSource = Callable[[int, Classes, Array, Array], Symbols]
-"""(stage, classes, means, gains) to symbols, arrays (channels, positions), gains (positions,)."""
+StageSource = Callable[[int, Classes, Array, Array], Levels]
+"""(stage, classes, means, gains) to levels, arrays (channels, positions of the stage's lattice),
+gains (positions,) of the whole grid."""
 
 _NO_MEANS = np.zeros((0, 0), np.int16)
 _NO_FACTOR = np.zeros(0, np.int64)
@@ -252,7 +244,7 @@ def code_cells(
     z_rows, z_columns = shape.hyper
     positions, count = rows * columns, len(jobs)
     z = np.empty((count, a.z_channels, z_rows, z_columns), np.float32)
-    plane = np.empty((count, 1, 2 * z_rows, 2 * z_columns), np.float32)
+    plane = np.empty((count, 1, 2 * z_rows, 2 * z_columns), np.uint8)
     for n, job in enumerate(jobs):
         z_classes = np.empty(z.shape[1:], np.uint8)
         z_classes[...] = model.z_classes[job.gain][:, None, None]
@@ -262,63 +254,63 @@ def code_cells(
         raise FormatError("a hyper-latent is beyond its range")
     h, step = model.hyper({"z": z, "plane": plane})
     h = np.ascontiguousarray(h[:, :, :rows, :columns])
-    delta = step[:, :, :rows, :columns].astype(np.int64)
+    delta = step[:, :, :rows, :columns].astype(np.int16)
     assert np.abs(delta).max() <= STEP_PEAK  # proved when the model was loaded
-    effective = np.clip(plane[:, :, :rows, :columns].astype(np.int64) + delta, 0, 255)
-    gains = effective.astype(np.uint8).reshape(count, positions)
-    plane = effective.astype(np.float32)
+    plane = np.clip(plane[:, :, :rows, :columns] + delta, 0, 255).astype(np.uint8)
+    gains = plane.reshape(count, positions)
     y = np.zeros((count, a.channels_of(stages), positions), np.float32)
-    context = np.zeros((count, a.context_channels, positions), np.float32)
-    grid = context.reshape(count, a.context_channels, rows, columns)
+    # context integers and their magnitudes, 128 more; below them the gain plane for the chain
+    context = np.full((2, count, a.context_channels + 1, positions), 128, np.uint8)
+    context[0, :, -1] = np.maximum(gains, 1)
+    grid = context.reshape(2, count, -1, rows, columns)
     for k, stage in enumerate(a.stages[:stages]):
         inputs = {"h": h, "plane": plane}
         if k:
-            inputs["context"] = grid[:, : a.seen(k)]
+            inputs["context"], inputs["magnitude"] = grid[:, :, : a.seen(k)]
         outputs = model.stages[k](inputs)
-        lattice = lattice_mask(stage.lattice, rows, columns)
+        where = lattice_positions(stage.lattice, rows, columns)
         with_means, with_context = k < a.mean_stages, stage.first < a.context_channels
         for n, job in enumerate(jobs):
-            classes = outputs[0][n].reshape(stage.count, positions)
-            means = outputs[1][n].reshape(stage.count, positions) if with_means else _NO_MEANS
-            if stage.lattice:
-                classes *= lattice  # class 0: neither coded nor decoded
-            symbols = job.stage_source(k, classes, means, gains[n])
+            classes, means = outputs[0][n], outputs[1][n] if with_means else _NO_MEANS
+            levels = job.stage_source(k, classes, means, gains[n])
             fine = _dequantise(
-                symbols, means, lattice, gains[n], OCTAVE_TABLE,
+                levels, means, where, gains[n], OCTAVE_TABLE,
                 model.mean_factor[stage.channels] if with_means else _NO_FACTOR,
                 model.context_factor[stage.channels],
                 model.inverse_gain[stage.channels],
                 STEPS, y[n, stage.channels],
-                context[n, stage.channels] if with_context else context[n, :0],
+                context[:, n, stage.channels] if with_context else context[:, n, :0],
             )  # fmt: skip
             if not fine:
                 raise FormatError("a symbol is beyond the format's range")
-    return [CellLatents(shape, stages, y[n], context[n], gains[n]) for n in range(count)]
+    return [CellLatents(shape, stages, y[n], grid[0, n], gains[n]) for n in range(count)]
 
 
 def quantise_stage(
     model: DecoderModel,
     stage: int,
     y: npt.NDArray[np.float32],
+    where: npt.NDArray[np.int32],
     classes: Classes,
     means: Array,
     gains: Array,
     lagrange: npt.NDArray[np.float32],
-) -> Symbols:
-    """Symbols of one stage's latents ``y`` (channels, positions).
+    lanes: int,
+) -> Levels:
+    """Levels (channels, positions of the lattice) of one stage's latents ``y`` (channels,
+    positions) at ``where``, the lattice.
 
     lagrange: (channels,) bits that a squared error of one step is worth; infinite: the nearest.
     """
-    a, t = model.architecture, model.tables
+    a = model.architecture
     channels = a.stages[stage].channels
-    symbols = np.empty(classes.shape, np.int32)
-    _quantise(
-        y, classes, means, gains, OCTAVE_TABLE,
+    residuals = np.empty(classes.shape, np.float32)
+    _residuals(
+        y, where, classes, means, gains, OCTAVE_TABLE,
         model.mean_factor[channels] if stage < a.mean_stages else _NO_FACTOR,
-        model.inverse_gain[channels], STEPS,
-        t.class_table, t.class_raw, t.radii, t.bits, lagrange, symbols,
+        model.inverse_gain[channels], STEPS, residuals,
     )  # fmt: skip
-    return symbols
+    return search_levels(residuals, classes, lagrange, model.tables, lanes)
 
 
 def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.float32]:
@@ -339,14 +331,8 @@ def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.
 
 def synthesise(model: DecoderModel, cells: Sequence[CellLatents], outs: Sequence[Image]) -> None:
     """Pixels of cells of one shape into ``outs``, (height, width, 3) each."""
-    rows, columns = cells[0].shape.latents
-    channels = model.architecture.context_channels
-    context = np.empty((len(cells), channels + 1, rows, columns), np.uint8)
-    for n, cell in enumerate(cells):
-        context[n, :-1] = cell.context.reshape(-1, rows, columns) + 128
-        # the gain plane on the same grid: clip(E - 128, -127, 127) + 128
-        context[n, -1] = np.maximum(cell.gains.reshape(rows, columns), 1)
-    corrections = model.chain({"context": context})[0]
+    columns = cells[0].shape.latents[1]
+    corrections = model.chain({"context": np.stack([cell.context for cell in cells])})[0]
     for cell, correction, out in zip(cells, corrections, outs, strict=True):
         linear = inverse_transform(model, cell)
         block = correction.reshape(-1, SAMPLES)

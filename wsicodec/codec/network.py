@@ -27,11 +27,12 @@ from wsicodec.entropy.kernel import Decoder, Encoder
 from wsicodec.errors import UnknownModelError
 from wsicodec.models.decoder import DecoderModel
 from wsicodec.models.encoder import EncoderModel
+from wsicodec.models.lattice import lattice_positions
 
 LANES_LOG2 = 2
 
 Coded = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-"""Symbols and their classes, of one stage of one cell."""
+"""Values (hyper-latents, levels of stages) and their classes, of one stage of one cell."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Search:
     """What an encoder aims at beyond its gain index.
 
     strength: of the adaptive step, 0 (best PSNR) ... 1.
-    lagrange: bits that a squared error of one step is worth; infinite: nearest symbols.
+    lagrange: bits that a squared error of one step is worth; infinite: nearest levels.
     chroma: what an error of colour alone is worth against one of luma, 0 ... 1.
     """
 
@@ -89,7 +90,7 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
 
 def _classes_alone(stream: Decoder) -> StageSource:
     """Decoders need of a stage its classes alone."""
-    return lambda _k, classes, _means, _gains: stream.get(classes)
+    return lambda _k, classes, _means, _gains: stream.get(classes, dependent=True)
 
 
 def encode_tile(
@@ -115,8 +116,8 @@ def encode_tile(
         stages -= 1
     stream = Encoder(model.tables, 1 << LANES_LOG2)
     for cell in coded:
-        for symbols, classes in cell[: stages + 1]:
-            stream.put(symbols, classes)
+        for k, (values, classes) in enumerate(cell[: stages + 1]):
+            stream.put(values, classes, dependent=k > 0)
     header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
     return Tile(Mode.LEARNED, height, width, stream.finish(), header)
 
@@ -130,7 +131,7 @@ def quantise_cell(
     stages: int,
     search: Search,
 ) -> list[Coded]:
-    """Symbols and classes of a cell in coding order: hyper-latents, then one entry per stage."""
+    """Values and classes of a cell in coding order: hyper-latents, then one entry per stage."""
     a = model.architecture
     rows, columns = shape.latents
     worth = search.worth(encoder.luma_share(model))
@@ -153,9 +154,12 @@ def quantise_cell(
         k: int, classes: npt.NDArray[np.uint8], means: Any, gains: Any
     ) -> npt.NDArray[np.int32]:
         channels = a.stages[k].channels
-        symbols = quantise_stage(model, k, y[channels], classes, means, gains, worth[channels])
-        coded.append((symbols, classes))
-        return symbols
+        where = lattice_positions(a.stages[k].lattice, rows, columns)
+        levels = quantise_stage(
+            model, k, y[channels], where, classes, means, gains, worth[channels], 1 << LANES_LOG2
+        )
+        coded.append((levels, classes))
+        return levels
 
     code_cells(model, [CellJob(gain, hyper_source, stage_source)], stages, shape)
     return coded

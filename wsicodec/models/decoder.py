@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.errors import ModelError
 from wsicodec.models import container
+from wsicodec.models.lattice import PHASES
 from wsicodec.models.proof import (
     INT8,
     INT16,
@@ -20,7 +20,7 @@ from wsicodec.models.proof import (
     prove_integer,
     prove_quantised,
 )
-from wsicodec.models.session import GraphRunner, IntegerRunner
+from wsicodec.models.session import GraphRunner, IntegerRunner, StageRunner
 
 KIND = "decoder"
 Z_PEAK = 127
@@ -35,7 +35,6 @@ Array = npt.NDArray[Any]
 
 
 MAX_STAGES = 15
-LATTICES = 4
 
 
 @dataclass(frozen=True)
@@ -122,27 +121,10 @@ class Architecture:
         for stage in stages:
             if not isinstance(stage, list) or len(stage) != 3 or not all(map(_is_int, stage)):
                 raise ModelError("a stage is not [first channel, channels, lattice]")
-            if stage[2] >= LATTICES:
+            if stage[2] >= len(PHASES):
                 raise ModelError(f"lattice {stage[2]} is not defined")
             parsed.append(Stage(*stage))
         return cls(stages=tuple(parsed), **{n: values[n] for n in names})
-
-
-@functools.lru_cache(maxsize=64)
-def lattice_mask(lattice: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    """(rows * columns,) uint8, read-only: 1 on the positions of a lattice: 0 all, 1 even rows and
-    columns, 2 odd rows and columns, 3 the rest."""
-    row = np.arange(rows)[:, None] % 2
-    column = np.arange(columns)[None, :] % 2
-    masks = (
-        np.ones((rows, columns), bool),
-        (row == 0) & (column == 0),
-        (row == 1) & (column == 1),
-        row != column,
-    )
-    mask = masks[lattice].astype(np.uint8).reshape(-1)
-    mask.flags.writeable = False
-    return mask
 
 
 def _is_int(value: object) -> bool:
@@ -186,7 +168,9 @@ class DecoderModel:
         self._graphs = file.graphs
         self._prove(file)
         self.hyper = IntegerRunner(file.graph("hyper"))
-        self.stages = [IntegerRunner(file.graph(f"stage{k}")) for k in range(len(a.stages))]
+        self.stages = [
+            StageRunner(file.graph(f"stage{k}"), stage.lattice) for k, stage in enumerate(a.stages)
+        ]
         self.chain = GraphRunner(file.graph("chain"))
         self._linear: dict[int, GraphRunner] = {}
 

@@ -6,6 +6,9 @@ a scale of 1, which takes a fraction of the time on CPUs with 8-bit dot products
 same integer: sums are exact in int32, scaling by a power of two is exact in float32, and both round
 half to even. Without such instructions (VNNI) the kernels add pairs of products in 16 bits and may
 saturate; such machines keep the float32 graphs, and so does any graph of another form.
+
+Between layers everything stays in 8 bits. Inputs come as 8-bit arrays (``EIGHT_BIT_INPUTS``);
+signed ones, context integers, have 128 added, and their magnitudes come beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from wsicodec.models.proof import attributes, initializers
 
 Array = npt.NDArray[Any]
 
+EIGHT_BIT_INPUTS = {"h": 0, "plane": 0, "context": 128, "magnitude": 128}
+"""Inputs that come as uint8, and what was added to them."""
+MAGNITUDE = "magnitude"
+
 
 @functools.cache
 def exact_kernels() -> bool:
@@ -37,101 +44,195 @@ def exact_kernels() -> bool:
 
 
 def int8_graph(graph_bytes: bytes) -> bytes:
-    """The same graph with 8-bit kernels where its layers have their form; inputs and outputs stay.
+    """The same graph on 8-bit arrays and kernels where its layers have their form.
 
-    graph_bytes: a graph that ``proof.prove_integer`` has proved.
+    graph_bytes: a graph that ``proof.prove_integer`` has proved, perhaps cut to a lattice. An
+    output ``h`` becomes uint8; other outputs keep their types.
     """
-    import onnx
-
-    model = onnx.load_model_from_string(graph_bytes)
-    graph = model.graph
-    constants = dict(initializers(graph, "int8"))
-    for node in graph.node:
-        if node.op_type == "Cast" and node.input[0] in constants:
-            constants[node.output[0]] = constants[node.input[0]]
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    signed = _signed_tensors(graph)
-    nodes: list[Any] = []
-    added: dict[str, Any] = {
-        "unit": np.float32(1),
-        "zero": np.uint8(0),
-        "middle": np.uint8(128),
-        "offset": np.float32(128),
-    }
-    replaced: set[str] = set()
-    for node in graph.node:
-        if node.output[0] in replaced:
-            continue
-        layer = _layer(node, users, constants, graph) if node.op_type == "Conv" else None
-        if layer is None:
-            nodes.append(node)
-            continue
-        replaced |= {n.output[0] for n in layer}
-        nodes += _eight_bit(layer, constants, node.input[0] in signed, added)
-    kept = [t for t in graph.initializer if any(t.name in n.input for n in nodes)]
-    new = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in added.items()]
-    rewritten = onnx.helper.make_graph(
-        nodes, graph.name, list(graph.input), list(graph.output), [*kept, *new]
-    )
-    result = onnx.helper.make_model(
-        rewritten, opset_imports=list(model.opset_import), ir_version=model.ir_version
-    )
-    return bytes(result.SerializeToString())
+    return _Rewriter(graph_bytes).result()
 
 
-def _signed_tensors(graph: Any) -> set[str]:
-    """Tensors that fit signed 8-bit levels because they come straight from bounded inputs."""
-    signed = {i.name for i in graph.input} & {"context", "z"}
-    for node in graph.node:
-        if node.op_type in ("Abs", "Concat") and any(n in signed for n in node.input):
-            signed.add(node.output[0])
-    return signed
+class _Rewriter:
+    """Goes through a graph in order; keeps each tensor as 8-bit levels, as floats, or as both."""
 
+    def __init__(self, graph_bytes: bytes) -> None:
+        import onnx
 
-def _layer(
-    conv: Any, users: dict[str, list[Any]], constants: dict[str, Array], graph: Any
-) -> list[Any] | None:
-    """[Conv, Round, Mul, Round, Clip] when nothing else reads what lies between, or None."""
-    outputs = {o.name for o in graph.output}
-    chain = [conv]
-    for wanted in ("Round", "Mul", "Round", "Clip"):
-        name = chain[-1].output[0]
-        following = users.get(name, [])
-        if len(following) != 1 or following[0].op_type != wanted or name in outputs:
+        self.onnx = onnx
+        self.model = onnx.load_model_from_string(graph_bytes)
+        graph = self.graph = self.model.graph
+        self.constants: dict[str, Array] = dict(initializers(graph, "int8"))
+        for node in graph.node:
+            if node.op_type == "Cast" and node.input[0] in self.constants:
+                self.constants[node.output[0]] = self.constants[node.input[0]]
+        self.users: dict[str, list[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+        self.nodes: list[Any] = []
+        self.added: dict[str, Array] = {
+            "//unit": np.array(1, np.float32),
+            "//zero": np.array(0, np.uint8),
+            "//middle": np.array(128, np.uint8),
+            "//offset": np.array(128, np.float32),
+        }
+        self.levels: dict[str, tuple[str, int]] = {}  # tensor: its 8-bit name and offset
+        self.floats: set[str] = {i.name for i in graph.input}
+        for port in graph.input:
+            if port.name in EIGHT_BIT_INPUTS:
+                self.levels[port.name] = port.name, EIGHT_BIT_INPUTS[port.name]
+                self.floats.discard(port.name)
+
+    def result(self) -> bytes:
+        helper, onnx = self.onnx.helper, self.onnx
+        done: set[str] = set()
+        for node in self.graph.node:
+            if node.output[0] in done:
+                continue
+            layer = self._layer(node) if node.op_type == "Conv" else None
+            if layer is not None:
+                done |= {n.output[0] for n in layer}
+                self._eight_bit(layer)
+            elif not self._eight_bit_move(node):
+                inputs = [self._float(name) for name in node.input]
+                self._add(node.op_type, inputs, node.output[0], **attributes(node))
+                self.floats.add(node.output[0])
+        outputs = [self._output(port) for port in self.graph.output]
+        used = {name for node in self.nodes for name in node.input}
+        made = {name for node in self.nodes for name in node.output}
+        inputs = []
+        grids = {i.name: i for i in self.graph.input}
+        if "context" in grids:
+            magnitude = onnx.ValueInfoProto()
+            magnitude.CopyFrom(grids["context"])
+            magnitude.name = MAGNITUDE
+            grids[MAGNITUDE] = magnitude
+        for name, port in grids.items():
+            if name in used:
+                if name in EIGHT_BIT_INPUTS:
+                    port.type.tensor_type.elem_type = onnx.TensorProto.UINT8
+                inputs.append(port)
+        constants = [t for t in self.graph.initializer if t.name in used]
+        new = [
+            onnx.numpy_helper.from_array(np.asarray(v), n)
+            for n, v in self.added.items()
+            if n in used and n not in made
+        ]
+        rewritten = helper.make_graph(
+            self.nodes, self.graph.name, inputs, outputs, [*constants, *new]
+        )
+        result = helper.make_model(
+            rewritten,
+            opset_imports=list(self.model.opset_import),
+            ir_version=self.model.ir_version,
+        )
+        return bytes(result.SerializeToString())
+
+    def _add(self, kind: str, inputs: list[str], output: str, **given: Any) -> str:
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **given))
+        return output
+
+    def _float(self, name: str) -> str:
+        """The float32 form of a tensor, made from its levels where need be."""
+        if name in self.floats or name not in self.levels:
+            return name
+        source, offset = self.levels[name]
+        whole = f"{name}//real"
+        if whole not in self.floats:
+            self.floats.add(whole)
+            cast = f"{name}//cast" if offset else whole
+            self._add("Cast", [source], cast, to=self.onnx.TensorProto.FLOAT)
+            if offset:
+                self._add("Sub", [cast, "//offset"], whole)
+        return whole
+
+    def _eight(self, name: str) -> tuple[str, int]:
+        """The 8-bit form of a tensor and its offset; of floats, of ``z`` and what is like it."""
+        if name not in self.levels:
+            self._add("Add", [name, "//offset"], f"{name}//up")
+            self._add("Cast", [f"{name}//up"], f"{name}//u8", to=self.onnx.TensorProto.UINT8)
+            self.levels[name] = f"{name}//u8", 128
+        return self.levels[name]
+
+    def _eight_bit_move(self, node: Any) -> bool:
+        """Operators that only move levels, on levels."""
+        output = node.output[0]
+        kind = node.op_type
+        sources = node.input if kind == "Concat" else node.input[:1]
+        known = [self.levels.get(name) for name in sources]
+        if kind == "Abs" and node.input[0] == "context":
+            self.levels[output] = MAGNITUDE, EIGHT_BIT_INPUTS[MAGNITUDE]
+            return True
+        if kind == "Cast" and known[0] and attributes(node)["to"] == self.onnx.TensorProto.UINT8:
+            if known[0][1]:
+                return False
+            self.levels[output] = known[0]
+            return True
+        if kind not in ("Concat", "Slice", "Reshape", "DepthToSpace", "Transpose"):
+            return False
+        offsets = {entry[1] for entry in known if entry}
+        if None in known or len(offsets) != 1:
+            return False
+        names = [entry[0] for entry in known if entry]
+        inputs = [*names, *list(node.input)[len(names) :]]
+        self._add(kind, inputs, f"{output}//u8", **attributes(node))
+        self.levels[output] = f"{output}//u8", offsets.pop()
+        return True
+
+    def _layer(self, conv: Any) -> list[Any] | None:
+        """[Conv, Round, Mul, Round, Clip] when nothing else reads what lies between, or None."""
+        outputs = {o.name for o in self.graph.output}
+        if conv.input[0] in self.floats and conv.input[0] != "z":
             return None
-        chain.append(following[0])
-    low, high = (float(constants[name].reshape(())) for name in chain[-1].input[1:])
-    return chain if low >= 0 and high <= 255 else None
+        chain = [conv]
+        for wanted in ("Round", "Mul", "Round", "Clip"):
+            name = chain[-1].output[0]
+            following = self.users.get(name, [])
+            if len(following) != 1 or following[0].op_type != wanted or name in outputs:
+                return None
+            chain.append(following[0])
+        low, high = (float(self.constants[name].reshape(())) for name in chain[-1].input[1:])
+        return chain if low >= 0 and high <= 255 else None
 
+    def _eight_bit(self, layer: list[Any]) -> None:
+        """QLinearConv, and Clip where it is not that of 8 bits, in place of a layer."""
+        conv, _, scaling, _, clip = layer
+        stem, output = conv.output[0], clip.output[0]
+        source, offset = self._eight(conv.input[0])
+        shift = self.constants[scaling.input[1]].reshape(-1).astype(np.float32)
+        bias = self.constants[conv.input[2]].astype(np.int32)
+        self.added[f"{stem}//w"] = self.constants[conv.input[1]].astype(np.int8)
+        self.added[f"{stem}//b"] = bias
+        self.added[f"{stem}//s"] = np.broadcast_to(shift, bias.shape).copy()
+        self.added[f"{stem}//z"] = np.zeros(len(bias), np.int8)
+        zero = "//middle" if offset else "//zero"
+        operands = [
+            source,
+            "//unit",
+            zero,
+            f"{stem}//w",
+            f"{stem}//s",
+            f"{stem}//z",
+            "//unit",
+            "//zero",
+        ]
+        result = self._add(
+            "QLinearConv", [*operands, f"{stem}//b"], f"{stem}//q", **attributes(conv)
+        )
+        bounds = [float(self.constants[name].reshape(())) for name in clip.input[1:]]
+        if bounds != [0, 255]:
+            for name, value in zip(("low", "high"), bounds, strict=True):
+                self.added[f"{stem}//{name}"] = np.array(value, np.uint8)
+            result = self._add("Clip", [result, f"{stem}//low", f"{stem}//high"], f"{stem}//c")
+        self.levels[output] = result, 0
 
-def _eight_bit(
-    layer: list[Any], constants: dict[str, Array], signed: bool, added: dict[str, Any]
-) -> list[Any]:
-    """Cast, QLinearConv, Cast and Clip in place of a layer."""
-    from onnx import TensorProto, helper
-
-    conv, _, scaling, _, clip = layer
-    stem = conv.output[0]
-    shift = constants[scaling.input[1]].reshape(-1).astype(np.float32)
-    added[f"{stem}_w"] = constants[conv.input[1]].astype(np.int8)
-    added[f"{stem}_b"] = constants[conv.input[2]].astype(np.int32)
-    added[f"{stem}_s"] = np.broadcast_to(shift, (len(added[f"{stem}_b"]),)).copy()
-    added[f"{stem}_z"] = np.zeros(len(added[f"{stem}_b"]), np.int8)
-    zero = "middle" if signed else "zero"
-    operands = [f"{stem}_x", "unit", zero, f"{stem}_w", f"{stem}_s", f"{stem}_z", "unit", "zero"]
-    operands.append(f"{stem}_b")
-    whole = conv.input[0]
-    nodes = []
-    if signed:
-        whole = f"{stem}_o"
-        nodes.append(helper.make_node("Add", [conv.input[0], "offset"], [whole]))
-    return [
-        *nodes,
-        helper.make_node("Cast", [whole], [f"{stem}_x"], to=TensorProto.UINT8),
-        helper.make_node("QLinearConv", operands, [f"{stem}_y"], **attributes(conv)),
-        helper.make_node("Cast", [f"{stem}_y"], [f"{stem}_f"], to=TensorProto.FLOAT),
-        helper.make_node("Clip", [f"{stem}_f", *clip.input[1:]], list(clip.output)),
-    ]
+    def _output(self, port: Any) -> Any:
+        """The graph's output, under its own name."""
+        uint8 = self.onnx.TensorProto.UINT8
+        entry = self.levels.get(port.name)
+        if entry and entry[1] == 0:
+            self._add("Identity", [entry[0]], port.name)
+            port.type.tensor_type.elem_type = uint8
+        elif port.name not in self.floats:
+            self._add("Identity", [self._float(port.name)], port.name)
+        return port

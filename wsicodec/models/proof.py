@@ -416,14 +416,14 @@ def prove_quantised(graph_bytes: bytes, inputs: int, outputs: int, what: str) ->
 
     Every scale is a power of two, every weight at most 63, every sum below 2**24: integer kernels
     with or without VNNI, and float32 kernels, agree to the bit. It takes ``context``, uint8 of
-    ``inputs`` channels, and gives one int8 tensor with ``outputs`` channels as its last axis.
+    ``inputs`` channels, and gives one uint8 tensor with ``outputs`` channels as its last axis.
     """
     graph = check_operators(graph_bytes, CHAIN_OPERATORS, what)
     constants = initializers(graph, what)
     if [(i.name, i.type.tensor_type.elem_type) for i in graph.input] != [("context", UINT8)]:
         raise ModelError(f"{what}: the input must be context, uint8")
-    if len(graph.output) != 1 or graph.output[0].type.tensor_type.elem_type != INT8:
-        raise ModelError(f"{what}: the output must be one tensor of int8")
+    if len(graph.output) != 1 or graph.output[0].type.tensor_type.elem_type != UINT8:
+        raise ModelError(f"{what}: the output must be one tensor of uint8")
     tensors: dict[str, _Levels] = {"context": _Levels(inputs, UINT8)}
     weights: dict[str, _Weights] = {}
     if "context" in constants:
@@ -442,8 +442,8 @@ def prove_quantised(graph_bytes: bytes, inputs: int, outputs: int, what: str) ->
                 raise ModelError(f"{what}: {node.op_type} after the Transpose")
         tensors[name] = _chain_step(node, tensors, weights, constants, what)
     result = tensors.get(graph.output[0].name)
-    if result is None or result != _Levels(outputs, INT8, None, True):
-        raise ModelError(f"{what}: the output is not int8 of {outputs} channels, channels last")
+    if result is None or result != _Levels(outputs, UINT8, None, True):
+        raise ModelError(f"{what}: the output is not uint8 of {outputs} channels, channels last")
 
 
 def _chain_step(

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wsicodec.errors import ModelError, RuntimeMissingError
-from wsicodec.models.int8 import exact_kernels, int8_graph
+from wsicodec.models.int8 import EIGHT_BIT_INPUTS, MAGNITUDE, exact_kernels, int8_graph
+from wsicodec.models.lattice import lattice_graph, lattice_positions
 
 INSTALL_LINE = 'pip install "wsicodec[cpu]"  (or "wsicodec[gpu]" on a machine with a CUDA GPU)'
 
@@ -87,28 +88,81 @@ class IntegerRunner(GraphRunner):
     """Runs a proved integer graph on this machine's 8-bit kernels when they are exact.
 
     Whether they are is not taken on trust: the first use compares both forms on extreme inputs, and
-    keeps the float32 form, which the proof covers, where they differ.
+    keeps the float32 form, which the proof covers, where they differ. Either way, inputs are those
+    of ``int8``: ``h``, ``plane``, ``context`` and its ``magnitude`` in uint8 (``z`` in float32),
+    and ``h`` comes out as uint8.
     """
 
     def _build(self) -> Any:
         plain = super()._build()
+        self._ports = [port.name for port in plain.get_inputs()]
+        self._eight_bit = False
         if not exact_kernels():
             return plain
         fast = self._session_of(int8_graph(self._graph))
         rng = np.random.default_rng(0)
         for extreme in (False, True):
-            inputs = {}
+            inputs: dict[str, Array] = {}
             for port in plain.get_inputs():
-                low, high = (-127, 127) if port.name in ("context", "z") else (0, 255)
                 grid = (4, 4) if port.name == "z" else (8, 8)
-                x = rng.integers(low, high + 1, (1, port.shape[1], *grid)).astype(np.float32)
-                inputs[port.name] = np.where(x > 0, np.float32(high), x) if extreme else x
-            if any(
-                not np.array_equal(a, b)
-                for a, b in zip(plain.run(None, inputs), fast.run(None, inputs), strict=True)
-            ):
+                low, high = (-127, 127) if port.name in ("context", "z") else (0, 255)
+                x = rng.integers(low, high + 1, (1, port.shape[1], *grid))
+                x = np.where(x > 0, high, x) if extreme else x
+                added = EIGHT_BIT_INPUTS.get(port.name)
+                inputs[port.name] = x.astype(np.float32) if added is None else _levels(x, added)
+                if port.name == "context":
+                    inputs[MAGNITUDE] = _levels(np.abs(x), EIGHT_BIT_INPUTS[MAGNITUDE])
+            ports = {port.name for port in fast.get_inputs()}
+            quick = fast.run(None, {n: x for n, x in inputs.items() if n in ports})
+            slow = plain.run(None, self._real(inputs))
+            if not all(np.array_equal(a, b) for a, b in zip(slow, quick, strict=True)):
                 return plain
+        self._ports = [port.name for port in fast.get_inputs()]
+        self._eight_bit = True
         return fast
+
+    def _real(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs of the float32 form."""
+        real = {}
+        for name in self._ports:
+            x = inputs[name].astype(np.float32)
+            real[name] = x - EIGHT_BIT_INPUTS[name] if EIGHT_BIT_INPUTS.get(name) else x
+        return real
+
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Outputs in the graph's order."""
+        session = self.session()
+        if self._eight_bit:
+            given = {name: inputs[name] for name in self._ports}
+        else:
+            given = self._real(inputs)
+        outputs = session.run(None, given)
+        return [o.astype(np.uint8) if o.dtype == np.float32 else o for o in outputs]
+
+
+def _levels(x: Array, added: int) -> Array:
+    return (x + added).astype(np.uint8)
+
+
+class StageRunner:
+    """Runs a stage's graph on the positions of its lattice: outputs (N, channels, positions).
+
+    On a grid of one row or column some part of a lattice is empty, which runtimes do not take:
+    there the graph runs at all positions.
+    """
+
+    def __init__(self, graph: bytes, lattice: int) -> None:
+        self._lattice = lattice
+        self._cut = IntegerRunner(lattice_graph(graph, lattice))
+        self._whole = IntegerRunner(lattice_graph(graph, 0)) if lattice else self._cut
+
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Outputs in the graph's order."""
+        rows, columns = inputs["plane"].shape[2:]
+        if min(rows, columns) > 1 or not self._lattice:
+            return self._cut(inputs)
+        where = lattice_positions(self._lattice, rows, columns)
+        return [np.ascontiguousarray(o[:, :, where]) for o in self._whole(inputs)]
 
 
 def _after_fork() -> None:

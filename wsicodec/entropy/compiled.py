@@ -1,0 +1,48 @@
+"""How kernels are compiled: once per machine and version of the sources."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SOURCES = (
+    "entropy/compiled.py",
+    "entropy/kernel.py",
+    "entropy/tables.py",
+    "entropy/trellis.py",
+    "codec/cell.py",
+)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Hash of the sources that compiled code depends on.
+
+    numba looks at one file's time and size. Wheels have constant times, and kernels use constants
+    of other modules: code cached by one release could answer for the next.
+    """
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for name in _SOURCES:
+        with contextlib.suppress(OSError):  # in an archive: numba keeps no cache there either
+            digest.update((package / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compiled(function: F) -> F:
+    """``numba.njit`` without the GIL, cached on disk where any cache directory can be written
+    (beside the package, or in the user's where that is read-only)."""
+    # names the cache's files
+    function.__qualname__ = f"{function.__qualname__}_{_fingerprint()}"
+    try:
+        return cast(F, numba.njit(cache=True, nogil=True, boundscheck=False)(function))
+    except RuntimeError:  # numba: no locator available, i.e. nowhere to keep a cache
+        return cast(F, numba.njit(nogil=True, boundscheck=False)(function))
