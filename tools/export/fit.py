@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tools.train.images import Sampler
-from tools.train.tables import TABLE_CLASSES
+from tools.train.tables import TABLE_CLASSES, count_indices
 from wsicodec.codec.cell import CellShape
 from wsicodec.codec.network import LANES_LOG2, Search, quantise_cell
 from wsicodec.entropy.trellis import split_levels
@@ -15,7 +15,6 @@ from wsicodec.models.decoder import DecoderModel
 from wsicodec.models.encoder import EncoderModel
 
 Array = np.ndarray[Any, Any]
-
 
 NEAR, NEAR_SHARE = (30, 40), 0.8
 
@@ -51,10 +50,7 @@ def count_symbols(
         squares[gain, :, 1] += z[0].size
         for levels, classes in coded[1:]:
             k, quantiser = split_levels(levels, classes, 1 << LANES_LOG2)
-            near = (classes > 0) & (classes <= TABLE_CLASSES)
-            row = quantiser[near].astype(np.int64) * (TABLE_CLASSES + 1) + classes[near]
-            flat = row * 129 + np.clip(k[near], -64, 64) + 64
-            counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+            counts += count_indices(k, quantiser, classes)
     return counts, squares
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.train.tables import TABLE_CLASSES, fitted_tables
+from tools.train.tables import TABLE_CLASSES, count_indices, fitted_tables
+from wsicodec.codec.network import LANES_LOG2
 from wsicodec.entropy.trellis import search_levels, split_levels
 
-LANES = 4
+LANES = 1 << LANES_LOG2
 
 
 def dependent_bits(level: Tensor, quantiser: Tensor, scale: Tensor) -> Tensor:
@@ -70,11 +71,7 @@ class DependentSearch:
         return turn(levels), turn(quantisers)
 
     def _learn(self, indices: Any, quantisers: Any, classes: Any) -> None:
-        near = (classes > 0) & (classes <= TABLE_CLASSES)
-        row = quantisers[near].astype(np.int64) * (TABLE_CLASSES + 1) + classes[near]
-        flat = row * 129 + np.clip(indices[near], -64, 64) + 64
-        found = np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
-        self.counts += found
+        self.counts += count_indices(indices, quantisers, classes)
         self.calls += 1
         if self.calls % self.refresh == 0:
             self.tables = fitted_tables(self.counts)

@@ -34,6 +34,15 @@ def normal_weights(scale: float, quantiser: int) -> Array:
     return np.append(p, max(1 - p.sum(), 1e-7))
 
 
+def count_indices(indices: Array, quantisers: Array, classes: Array) -> Array:
+    """(2, classes, 129) counts of indices -64 ... 64 (clipped) by quantiser and class."""
+    counts = np.zeros((2, TABLE_CLASSES + 1, 129))
+    coded = (classes > 0) & (classes <= TABLE_CLASSES)
+    row = quantisers[coded].astype(np.int64) * (TABLE_CLASSES + 1) + classes[coded]
+    flat = row * 129 + np.clip(indices[coded], -64, 64) + 64
+    return counts + np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+
+
 def fitted_tables(counts: Array) -> SymbolTables:
     """Tables from counts, symmetric, with the normal distribution as the prior."""
     weights = []

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.compiled import compiled
+from wsicodec.entropy.tables import SYMBOL_PEAK
 from wsicodec.entropy.trellis import search_levels
 from wsicodec.errors import FormatError
 from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel
@@ -24,8 +25,8 @@ from wsicodec.models.lattice import lattice_positions
 CELL = 512
 BLOCK = 16
 SAMPLES = 3 * BLOCK * BLOCK
-LEVEL_PEAK = 2**21
-INDEX_PEAK = 2**20 - 2
+LEVEL_PEAK = 2 * SYMBOL_PEAK
+INDEX_PEAK = SYMBOL_PEAK - 2  # searches look at neighbours
 STEPS_PER_OCTAVE = 32
 SPARSE_SHARE = 0.2
 TOP_STEP = 64.0  # quantisation step at gain index 0

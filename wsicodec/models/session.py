@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -152,9 +153,12 @@ class StageRunner:
     """
 
     def __init__(self, graph: bytes, lattice: int) -> None:
-        self._lattice = lattice
+        self._graph, self._lattice = graph, lattice
         self._cut = IntegerRunner(lattice_graph(graph, lattice))
-        self._whole = IntegerRunner(lattice_graph(graph, 0)) if lattice else self._cut
+
+    @functools.cached_property
+    def _whole(self) -> IntegerRunner:
+        return IntegerRunner(lattice_graph(self._graph, 0))
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Outputs in the graph's order."""
