@@ -109,7 +109,8 @@ def ciede2000(reference: Image, other: Image) -> tuple[float, float]:
     """(mean, 95th percentile) over the pixels of the CIEDE2000 colour difference."""
     from skimage.color import deltaE_ciede2000, rgb2lab
 
-    difference = deltaE_ciede2000(rgb2lab(reference), rgb2lab(other))
+    labs = rgb2lab(reference), rgb2lab(other)
+    difference = deltaE_ciede2000(*labs)  # type: ignore[no-untyped-call]
     return float(difference.mean()), float(np.percentile(difference, 95))
 
 
@@ -198,9 +199,16 @@ def bd_rate(
 def rate_at(points: Sequence[tuple[float, float]], quality: float) -> float:
     """Rate at which a curve of (rate, quality) points reaches a quality.
 
-    Linear in the logarithm of the rate; nan where the curve does not reach, or starts above it.
+    Linear in the logarithm of the rate: give SSIM on the scale of ``ssim_db``, on which curves are
+    straighter. nan where the curve does not reach, or starts above it.
     """
     qualities, rates = rising(points)
     if not len(qualities) or not qualities[0] <= quality <= qualities[-1]:
         return math.nan
     return math.exp(float(np.interp(quality, qualities, np.log(rates))))
+
+
+def value_at(points: Sequence[tuple[float, float]], rate: float) -> float:
+    """Value of a curve of (rate, value) points at a rate within it, linear in ln(rate)."""
+    rates, values = np.array(sorted(points)).T
+    return float(np.interp(math.log(rate), np.log(rates), values))

@@ -20,7 +20,6 @@ how many times as fast}}}}, ``matched`` (parameter, SSIM, PSNR and bits per pixe
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -35,17 +34,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.rate_distortion import (
-    REFERENCES,
-    TARGET_SSIM,
-    Contender,
-    Image,
-    contenders,
-    load_tiles,
-    machine,
-    versions,
-)
+from benchmarks import record
+from benchmarks.contenders import CODECS, REFERENCES, Contender, contenders
+from benchmarks.curves import SSIM_TARGET
+from benchmarks.images import load_tiles
 from wsicodec import metrics
+from wsicodec.metrics import Image
 
 MIN_PASS_SECONDS = 0.05
 """Tiles are repeated within a pass until it takes this long: timers and caches settle."""
@@ -316,7 +310,7 @@ def run(
     passes: int = 5,
     starts: int = 5,
     cpu: int | None = None,
-    target: float = TARGET_SSIM,
+    target: float = SSIM_TARGET.value,
 ) -> dict[str, Any]:
     """The report. cpu: the CPU for one-core figures; None takes the last usable one.
 
@@ -327,7 +321,7 @@ def run(
         raise ValueError(f"{slide} holds no tile of {tile} pixels")
     if cpu is None:
         cpu = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    before = machine()
+    before = record.machine()
     matched = {}
     for label, contender in labels.items():
         matched[label] = match(images, contender, target)
@@ -346,16 +340,13 @@ def run(
         "tile": tile,
         "tiles": len(images),
         "target_ssim": target,
-        "contenders": {
-            label: {"codec": c.codec, "parameter": c.parameter, **c.options}
-            for label, c in labels.items()
-        },
+        "contenders": {label: contender.as_dict() for label, contender in labels.items()},
         "machine": {
             **before,
             "cpu_of_one_core": cpu if hasattr(os, "sched_setaffinity") else None,
             "load_after": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         },
-        "versions": versions(),
+        "versions": record.versions(),
     }
 
 
@@ -402,9 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--codecs",
         nargs="+",
-        choices=[*REFERENCES, "learned"],
+        choices=CODECS,
         default=[*REFERENCES, "learned"],
-        help="default: all",
+        help="default: all but learned-psnr",
     )
     parser.add_argument("--models", nargs="+", help="learned models; default: the default one")
     parser.add_argument("--tile", type=int, default=256, help="tile side in pixels (256)")
@@ -412,7 +403,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--passes", type=int, default=5, help="interleaved passes (5)")
     parser.add_argument("--starts", type=int, default=5, help="fresh processes a start time (5)")
     parser.add_argument("--cpu", type=int, help="CPU of the one-core figures; default: the last")
-    parser.add_argument("--ssim", type=float, default=TARGET_SSIM, help="fidelity matched (0.95)")
+    parser.add_argument(
+        "--ssim", type=float, default=SSIM_TARGET.value, help="fidelity matched (0.95)"
+    )
     options = parser.parse_args(arguments)
     if not 16 <= options.tile <= 4096:
         parser.error("--tile must be 16 ... 4096")
@@ -439,12 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpu=options.cpu,
         target=options.ssim,
     )
-    words = sys.argv if arguments is None else list(arguments)
-    # reports are passed on: no absolute paths of the machine that made them
-    report["command"] = [Path(w).name if Path(w).is_absolute() else str(w) for w in words]
-    part = options.json.with_name(options.json.name + ".part")
-    part.write_text(json.dumps(report, indent=1, allow_nan=False))
-    part.replace(options.json)
+    record.write(report, options.json, sys.argv if arguments is None else arguments)
     print_report(report)
 
 
