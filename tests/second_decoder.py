@@ -344,7 +344,27 @@ def synthesise(
     require(correction.shape == (rows, columns, 768), "shape of correction")
     block += (correction - 128) * step[..., None] / 64
     block = block.reshape(rows, columns, 16, 16, 3)
-    return block.transpose(0, 2, 1, 3, 4).reshape(16 * rows, 16 * columns, 3)
+    image = block.transpose(0, 2, 1, 3, 4).reshape(16 * rows, 16 * columns, 3)
+    return image if model.lapping is None else lap(image, model.lapping.astype(np.float64))
+
+
+def lap(image: np.ndarray, lapping: np.ndarray) -> np.ndarray:
+    """Section "Pixels": ``lap`` of whole blocks, (16 R, 16 C, 3)."""
+    image = image.copy()
+    lap_borders(image.transpose(1, 0, 2), lapping)  # along rows
+    lap_borders(image, lapping)  # along columns
+    return image
+
+
+def lap_borders(samples: np.ndarray, lapping: np.ndarray) -> None:
+    """In place, at every border of the first axis, of 16 n samples."""
+    for border in range(16, len(samples), 16):
+        a = samples[border - 8 : border][::-1]
+        b = samples[border : border + 8]
+        o = a - b
+        t = np.tensordot(lapping, o, axes=1) / 2 - o / 2
+        a += t
+        b -= t
 
 
 # ------------------------------------------------------------------------------------ Symbol tables
@@ -479,6 +499,11 @@ class Model:
     basis: np.ndarray
     mean: np.ndarray
     graphs: dict[str, onnx.ModelProto]
+    lapping: np.ndarray | None = None
+    """(8, 8), of models that are lapped alone."""
+
+
+ARCHITECTURE = {"block", "stages", "mean_stages", "context_channels", "z_channels", "hyper"}
 
 
 def read_model(file: bytes) -> Model:
@@ -507,6 +532,7 @@ def read_model(file: bytes) -> Model:
     require(at == len(file), "bytes after the last section")
 
     architecture = header["architecture"]
+    require(set(architecture) - {"lapped"} == ARCHITECTURE, "keys of the architecture")
     stages = architecture["stages"]
     channels = check_stages(stages)
     require(architecture["block"] == 16, "block")
@@ -524,6 +550,7 @@ def read_model(file: bytes) -> Model:
     require(z_classes.shape == (256, architecture["z_channels"]), "z_classes")
     require(bool(np.all((z_classes >= 1) & (z_classes <= 127))), "a class of z_classes")
     require(tensors["basis"].shape == (channels, 768), "basis")
+    lapping = read_lapping(architecture.get("lapped", 0), tensors)
     require(set(graphs) >= {"hyper", "chain", *(f"stage{k}" for k in range(len(stages)))}, "graphs")
     for name, graph in graphs.items():
         check_types(name, graph)
@@ -542,7 +569,22 @@ def read_model(file: bytes) -> Model:
         basis=tensors["basis"],
         mean=tensors["mean"],
         graphs=graphs,
+        lapping=lapping,
     )
+
+
+def read_lapping(lapped: object, tensors: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Section "Model file", key ``lapped``: the tensor ``lapping`` where it is 1."""
+    require(type(lapped) is int and lapped in (0, 1), "lapped")
+    if lapped == 0:
+        return None
+    require("lapping" in tensors, "lapping is missing")
+    lapping = tensors["lapping"]
+    require(lapping.dtype == np.dtype("<f4") and lapping.shape == (8, 8), "lapping")
+    require(bool(np.isfinite(lapping).all()), "lapping is not finite")
+    exact = lapping.astype(np.float64)
+    require(bool(np.all(np.abs(exact @ exact.T - np.eye(8)) <= 1e-4)), "lapping is not orthogonal")
+    return lapping
 
 
 def check_stages(stages: list[list[int]]) -> int:

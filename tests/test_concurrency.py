@@ -221,23 +221,23 @@ def test_thread_budget_without_the_variable(budget: pytest.MonkeyPatch) -> None:
 def test_no_more_threads_compute_than_the_budget(
     threads: int, budget: pytest.MonkeyPatch, tiny
 ) -> None:
-    """Eight callers, one budget: counted where a tile's graphs run."""
+    """Eight callers, one budget: counted where a tile's networks run."""
     budget.setenv("WSICODEC_NUM_THREADS", str(threads))
     lock, running, most = threading.Lock(), 0, 0
-    chain = tiny.chain
+    cells = tiny.cells
 
-    def counted(inputs):
+    def counted(*shape):
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
         time.sleep(0.01)
-        result = chain(inputs)
+        result = cells(*shape)
         with lock:
             running -= 1
         return result
 
-    budget.setattr(tiny, "chain", counted)
+    budget.setattr(tiny, "cells", counted)
     budget.setattr("wsicodec.codec.learned.decoder_of_prefix", lambda prefix: tiny)
     data = (FOLDER / "decode/learned-64x48-gain90.tile").read_bytes()
     with ThreadPoolExecutor(8) as pool:

@@ -353,6 +353,15 @@ def test_no_architecture(tiny_file: bytes, value: object) -> None:
         ("hyper", 0),
         ("hyper", 513),
         ("hyper", [8]),
+        ("lapped", 2),
+        ("lapped", -1),
+        ("lapped", True),
+        ("lapped", False),
+        ("lapped", 1.0),
+        ("lapped", "1"),
+        ("lapped", None),
+        ("lapped", [1]),
+        ("lapped", 2**70),
         ("depth", 3),
     ],
 )
@@ -466,6 +475,137 @@ def test_improper_symbol_tables(tiny_file: bytes, fault: str) -> None:
         cdf, radii = cdf[len(cdf) // 2 :], radii[len(radii) // 2 :]
     file = with_tensor(with_tensor(tiny_file, "table_cdf", cdf), "table_radii", radii)
     refused_model(file, "table")
+
+
+# -- lapped decoder models --
+
+
+@pytest.fixture
+def lapped_file(vector: Any) -> bytes:
+    return vector("lapped.wscm")
+
+
+def with_lapping(file: bytes, change: Any) -> bytes:
+    """The model file with its matrix changed by ``change(matrix)``."""
+    return with_tensor(file, "lapping", change(container.parse(file).tensors["lapping"].copy()))
+
+
+def test_the_matrix_is_read_as_it_stands(lapped_file: bytes) -> None:
+    model = load_decoder(lapped_file)
+    assert model.architecture.lapped == 1
+    np.testing.assert_array_equal(model.lapping, container.parse(lapped_file).tensors["lapping"])
+
+
+def test_lapped_may_be_missing_or_0(tiny_file: bytes) -> None:
+    for file in (tiny_file, changed(tiny_file, lambda h: h["architecture"].update(lapped=0))):
+        assert load_decoder(file).architecture.lapped == 0
+
+
+@pytest.mark.parametrize("value", [2, 65535])
+def test_lapped_is_refused_by_name(lapped_file: bytes, value: int) -> None:
+    file = changed(lapped_file, lambda h: h["architecture"].update(lapped=value))
+    refused_model(file, "lapped must be 0 or 1")
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, "1", None, [1]])
+def test_lapped_is_an_integer(lapped_file: bytes, value: object) -> None:
+    file = changed(lapped_file, lambda h: h["architecture"].update(lapped=value))
+    refused_model(file, "not made of integers")
+
+
+def test_lapped_model_without_its_matrix(tiny_file: bytes) -> None:
+    file = changed(tiny_file, lambda h: h["architecture"].update(lapped=1))
+    refused_model(file, "no tensor 'lapping'")
+
+
+def test_a_matrix_that_nothing_needs_is_ignored(lapped_file: bytes) -> None:
+    """As any other section that nothing needs."""
+
+    def without(header: Header) -> None:
+        del header["architecture"]["lapped"]
+
+    for matrix in (np.eye(8, dtype=np.float32), np.zeros((3, 5), np.float32), np.zeros(0, np.int8)):
+        file = changed(with_tensor(lapped_file, "lapping", matrix), without)
+        assert load_decoder(file).architecture.lapped == 0
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "int32"])
+def test_matrix_of_another_type(lapped_file: bytes, kind: str) -> None:
+    matrix = np.eye(8).astype(container.DTYPES[kind])  # exact in all of them
+    refused_model(with_tensor(lapped_file, "lapping", matrix), "'lapping' is")
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 8, 8), (8, 8, 1), (7, 7), (16, 16), (4, 16), (0, 0)])
+def test_matrix_of_another_shape(lapped_file: bytes, shape: tuple[int, ...]) -> None:
+    matrix = np.resize(np.eye(8, dtype=np.float32), shape)
+    if len(shape) == 2 and shape[0] == shape[1]:
+        matrix = np.eye(shape[0], dtype=np.float32)
+    refused_model(with_tensor(lapped_file, "lapping", matrix), "'lapping' is")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (7, 3)])
+def test_matrix_that_is_not_finite(
+    lapped_file: bytes, value: float, place: tuple[int, int]
+) -> None:
+    def change(matrix: np.ndarray) -> np.ndarray:
+        matrix[place] = value
+        return matrix
+
+    refused_model(with_lapping(lapped_file, change), "not finite")
+
+
+def swapped_rows(matrix: np.ndarray) -> np.ndarray:
+    matrix[[2, 5]] = matrix[[5, 2]]
+    return matrix
+
+
+def row_twice(matrix: np.ndarray) -> np.ndarray:
+    matrix[5] = matrix[2]
+    return matrix
+
+
+def scaled_row(matrix: np.ndarray) -> np.ndarray:
+    matrix[6] *= np.float32(1.0002)
+    return matrix
+
+
+ORTHOGONAL = {
+    "transposed": lambda matrix: np.ascontiguousarray(matrix.T),
+    "negative": lambda matrix: -matrix,
+    "reflected": swapped_rows,  # determinants of 1 and -1 are both as good
+    "identity": lambda matrix: np.eye(8, dtype=np.float32),
+    "within the tolerance": lambda matrix: matrix * np.float32(1.00004),
+}
+NOT_ORTHOGONAL = {
+    "beyond the tolerance": lambda matrix: matrix * np.float32(1.00006),
+    "too short": lambda matrix: matrix * np.float32(0.99994),
+    "row": scaled_row,
+    "row twice": row_twice,
+    "zero": np.zeros_like,
+    "ones": np.ones_like,
+    "double": lambda matrix: 2 * matrix,
+}
+
+
+@pytest.mark.parametrize("name", ORTHOGONAL)
+def test_matrix_that_is_orthogonal(lapped_file: bytes, name: str) -> None:
+    load_decoder(with_lapping(lapped_file, ORTHOGONAL[name]))
+
+
+@pytest.mark.parametrize("name", NOT_ORTHOGONAL)
+def test_matrix_that_is_not_orthogonal(lapped_file: bytes, name: str) -> None:
+    refused_model(with_lapping(lapped_file, NOT_ORTHOGONAL[name]), "lapping matrix")
+
+
+@pytest.mark.parametrize("size", [1e19, 3e38])
+def test_matrix_whose_products_overflow(lapped_file: bytes, size: float) -> None:
+    """Infinities, and what is no number after them, are no orthogonal matrix, nor a warning."""
+    signs = np.where(np.arange(8) % 2, -1, 1)
+    for alternate in (np.full((8, 8), False), np.arange(8)[:, None] >= np.full(8, 4)):
+        matrix = (size * np.where(alternate, signs, 1)).astype(np.float32)
+        with np.errstate(all="raise"):
+            refused_model(with_tensor(lapped_file, "lapping", matrix), "lapping matrix")
 
 
 # -- encoder models --

@@ -11,6 +11,7 @@ decide nothing that a decoder must know, run one way only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from wsicodec.models import container, session
 from wsicodec.models.decoder import DecoderModel, load_decoder
 from wsicodec.models.int8 import exact_kernels, int8_graph
 from wsicodec.models.lattice import lattice_graph, lattice_positions
+from wsicodec.models.networks import Cells, FusedCells, GraphCells
 from wsicodec.models.session import GraphRunner, IntegerRunner
 from wsicodec.models.store import encoder_of, find_model, models
+from wsicodec.models.vnni import available
 
 Arrays = Mapping[str, np.ndarray]
 Runner = Callable[[Arrays], list[np.ndarray]]
@@ -175,9 +178,9 @@ def on_lattice(outputs: list[np.ndarray], lattice: int) -> list[np.ndarray]:
 
 def executed(file: bytes, build: Callable[[bytes], Runner] | None) -> DecoderModel:
     """The decoder model with all its graphs run this way, whole; None: as users run them."""
-    model, graphs = load_decoder(file), container.parse(file).graphs
     if build is None:
-        return model
+        return load_decoder(file)
+    model, graphs = load_decoder(file, fused=False), container.parse(file).graphs
 
     def hyper() -> Runner:
         run = build(graphs["hyper"])
@@ -192,9 +195,9 @@ def executed(file: bytes, build: Callable[[bytes], Runner] | None) -> DecoderMod
         run = build(graphs[f"stage{k}"])
         return lambda inputs: on_lattice(run(real(inputs)), lattice)
 
-    model.hyper = hyper()
-    model.stages = [stage(k, s.lattice) for k, s in enumerate(model.architecture.stages)]
-    model.chain = build(graphs["chain"])
+    stages = [stage(k, s.lattice) for k, s in enumerate(model.architecture.stages)]
+    chain = build(graphs["chain"])
+    model.graphs = replace(model.graphs, hyper=hyper(), stages=stages, chain=chain)
     return model
 
 
@@ -206,13 +209,13 @@ def code(
 
     def run(name: str, execution: str, given: Any, quality: int) -> tuple[bytes, np.ndarray]:
         model = executed(files(name), EXECUTIONS.get(execution))
-        calls, hyper = [], model.hyper
+        calls, cells = [], model.cells
 
-        def counted(inputs: Arrays) -> list[np.ndarray]:
-            calls.append(inputs)
-            return hyper(inputs)
+        def counted(*shape: int) -> Cells:
+            calls.append(shape)
+            return cells(*shape)
 
-        model.hyper = counted
+        model.cells = counted
         _, encoder = encoder_of(find_model(name))
         with monkeypatch.context() as patch:
             patch.setattr(learned, "encoder_of", lambda record: (model, encoder))
@@ -307,10 +310,10 @@ def test_graphs_on_lattices_give_what_whole_graphs_give(
                 inputs[port] = x.astype(np.float32)
             expected = on_lattice(GraphRunner(whole)(inputs), stage.lattice)
             eight = levels(inputs)
-            found = {"as users run it": model.stages[k](eight)}
+            found = {"as users run it": model.graphs.stages[k](eight)}
             with monkeypatch.context() as patch:
                 patch.setattr(session, "exact_kernels", lambda: False)
-                found["as users without 8-bit kernels run it"] = plain.stages[k](eight)
+                found["as users without 8-bit kernels run it"] = plain.graphs.stages[k](eight)
             if min(grid) > 1 or stage.lattice < 2:  # runtimes have no convolutions of nothing
                 found["cut graph"] = GraphRunner(cut)(inputs)
                 found["cut graph, 8-bit inputs"] = IntegerRunner(cut)(eight)
@@ -334,6 +337,46 @@ def test_stages_run_in_their_8_bit_form(name: str) -> None:
         runner = IntegerRunner(lattice_graph(model.graph_bytes(f"stage{k}"), stage.lattice))
         ports = runner.session().get_inputs()
         assert {port.type for port in ports} == {"tensor(uint8)"}
+
+
+@pytest.mark.skipif(not available(), reason="this CPU has no AVX-512 with VNNI")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_compiled_programs_give_what_graphs_give(name: str) -> None:
+    """Every network, its whole range of inputs, every kind of grid; memory that was used before."""
+    model = load_decoder(files(name))
+    assert model.fused is not None
+    plain = load_decoder(files(name), fused=False)
+    assert plain.fused is None
+    a, rng = model.architecture, np.random.default_rng(11)
+
+    def draw(shape: tuple[int, ...], extreme: int) -> np.ndarray:
+        x = rng.integers(-127, 128, shape)
+        return (x, np.where(x > 0, 127, -127), np.full(shape, 127), np.full(shape, -127))[extreme]
+
+    for rows, columns in (*GRIDS, (16, 16), (32, 32), *GRIDS):
+        for extreme in range(4):
+            shape = (2, a.z_channels, -(-rows // 2), -(-columns // 2))
+            z, gains = draw(shape, extreme), rng.integers(0, 256, 2).tolist()
+            both = (
+                FusedCells(model.fused, 2, rows, columns),
+                GraphCells(plain.graphs, 2, rows, columns),
+            )
+            np.testing.assert_array_equal(*(cells.hyper(z, gains) for cells in both))
+            for k in range(len(a.stages)):
+                for n in range(2):
+                    context = draw((a.context_channels, rows * columns), extreme)
+                    # earlier stages have been decoded, later ones have not
+                    context[a.seen(k) :] = 0
+                    for cells in both:
+                        port = cells.port(n)
+                        port.values[: len(context), port.places] = context + 128
+                        port.magnitudes[: len(context), port.places] = np.abs(context) + port.base
+                for ours, theirs in zip(*(cells.stage(k) for cells in both), strict=True):
+                    for x, y in zip(ours, theirs, strict=True):
+                        assert x.dtype == y.dtype or not x.size
+                        np.testing.assert_array_equal(x, y, err_msg=f"stage{k}")
+            for x, y in zip(*(cells.corrections() for cells in both), strict=True):
+                np.testing.assert_array_equal(x, y)
 
 
 def test_lattices_part_the_grid_in_the_documents_order() -> None:

@@ -26,11 +26,12 @@ def test_roundtrip_looks_like_the_image(pixels: np.ndarray) -> None:
 
 def test_quality_is_monotone_in_bytes_and_psnr(pixels: np.ndarray) -> None:
     image = pixels[:256, :256]
-    tiles = [wsicodec.encode(image, quality=q) for q in QUALITIES]
-    sizes = [len(t) for t in tiles]
-    values = [psnr(image, wsicodec.decode(t)) for t in tiles]
-    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
-    assert values == sorted(values)
+    for modes in ("auto", "learned"):
+        tiles = [wsicodec.encode(image, quality=q, modes=modes) for q in QUALITIES]
+        sizes = [len(t) for t in tiles]
+        values = [psnr(image, wsicodec.decode(t)) for t in tiles]
+        assert sizes == sorted(sizes) and values == sorted(values)
+    assert len(set(sizes)) == len(sizes)
     assert values[-1] > 46  # archive rates have no ceiling
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +18,42 @@ import pytest
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 PIL_Image = pytest.importorskip("PIL.Image", reason="the train extra is not installed")
 
-from tools.export import __main__ as export
+from tools.export.fit import count_symbols
 from tools.export.model import decoder_file, encoder_file, hyper_classes, quality_gains
 from tools.train import __main__ as training
 from tools.train.dependent import LANES, DependentSearch, dependent_bits
-from tools.train.images import Sampler, Source, load_sources
+from tools.train.images import (
+    CropSettings,
+    Sampler,
+    Source,
+    halved,
+    load_sources,
+    stained,
+    write_pack,
+)
 from tools.train.integer import ACCUMULATOR_BOUND, IntegerConv
 from tools.train.klt import block_klt, colour_matrix
+from tools.train.lapping import border_filter, lapped_transform_start
+from tools.train.loader import Loader
 from tools.train.losses import ssim_luma
+from tools.train.machine import Machine
 from tools.train.network import TileNetwork, adaptive_steps
+from tools.train.run import Run, averaged, save
 from tools.train.settings import NetworkSettings, TrainSettings
 from tools.train.shipped import state_of_model
 from tools.train.tables import MAX_RADIUS, TABLE_CLASSES, fitted_tables, normal_weights, scale_of
+from tools.train.warmstart import (
+    TRANSFORM,
+    layers_of,
+    match_channels,
+    stage_sources,
+    warm_start,
+)
 from wsicodec.codec.adaptive import adaptive_steps as runtime_steps
 from wsicodec.entropy.trellis import split_levels
 from wsicodec.metrics import ssim
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -178,30 +205,58 @@ TINY: dict[str, Any] = {
     "stages": ((0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 12, 0), (16, 32, 0), (48, 8, 0)),
     "mean_stages": 3, "context_channels": 48, "z_channels": 4, "hyper": 8, "context": 8,
     "middle": 8, "chain": 8, "chain_kernels": (1, 3), "analysis": 8, "analysis_layers": 1,
-    "analysis_channels": 24,
+    "analysis_channels": 24, "lapped": False,
 }  # fmt: skip
 
 
+@functools.cache
+def transform(data: bytes, seed: int, chroma_weight: float) -> tuple[np.ndarray, ...]:
+    """The KLT of a few blocks of the bundled slide."""
+    pixels = np.frombuffer(data, np.uint8).reshape(768, 768, 3)
+    return block_klt(Sampler([Source("a", [pixels])], 128, seed), 16, chroma_weight, crops=10)
+
+
+def begin_with(net: TileNetwork, pixels: np.ndarray, seed: int, chroma_weight: float) -> None:
+    """Give a network a transform. The inverse of all components takes a second; these do not."""
+    basis, variance, mean = transform(pixels.tobytes(), seed, chroma_weight)
+    c = net.settings.latent_channels
+    border = border_filter(lapped_transform_start()).numpy() if net.settings.lapped else None
+    net.start_from_klt(basis[:c], variance, mean, border)
+    colours = colour_matrix(chroma_weight)
+    inverse = np.kron(np.linalg.inv(colours.T @ colours), np.eye(256)) @ basis[:c].T
+    net.inverse.copy_(torch.from_numpy(inverse))
+
+
 def network_of(pixels: np.ndarray, seed: int, **changes: Any) -> TileNetwork:
-    """A network whose layers all have an effect, of a random transform."""
-    run = training.Run(TrainSettings(seed=seed), NetworkSettings(**{**TINY, **changes}), "cpu")
-    sampler = Sampler([Source("a", [pixels])], 128, 0)
-    run.net.start_from_klt(*block_klt(sampler, run.net.settings.block, 0.6, crops=10))
+    """A network whose layers all have an effect."""
+    torch.manual_seed(seed)
+    net = TileNetwork(NetworkSettings(**{**TINY, **changes}))
+    begin_with(net, pixels, seed, 0.6)
     with torch.no_grad():
-        for name, parameter in run.net.named_parameters():
+        for name, parameter in net.named_parameters():
             if not parameter.any() and name.endswith("weight"):
                 parameter.normal_(0, 0.05)
-    return run.net
+            if name.endswith("bias") and not parameter.any():
+                parameter.uniform_(-0.2, 0.2)
+        net.log_gain.uniform_(-0.6, -0.4)
+    return net
 
 
-def begun_from(net: TileNetwork, pixels: np.ndarray, **changes: Any) -> TileNetwork:
-    """Another network that took over a checkpoint's weights."""
-    other = network_of(pixels, 99, **changes)
-    run = training.Run(TrainSettings(), other.settings, "cpu")
-    run.net = other
-    average = {k: v.clone() for k, v in net.state_dict().items()}
-    run.start_from({"network": net.settings.to_dict(), "average": average})
-    return run.net
+def begun_from(
+    net: TileNetwork, pixels: np.ndarray, new_basis: bool = False, **changes: Any
+) -> tuple[TileNetwork, list[str]]:
+    """Another network that took over a network's weights, and its layers that began afresh."""
+    other = network_of(pixels, 99, **{**net.settings.to_dict(), **changes})
+    old, new = net.state_dict(), other.state_dict()
+    channels = match_channels(net.settings, old, other.settings, new) if new_basis else None
+    state, afresh = warm_start(net.settings, old, other.settings, new, channels)
+    other.load_state_dict(state)
+    return other, afresh
+
+
+def nearest(r: Any, classes: Any) -> Any:
+    """Instead of a search, whose path depends on the order of channels: the nearest whole steps."""
+    return 2 * torch.round(r) * (classes > 0), torch.zeros_like(r)
 
 
 @torch.no_grad()
@@ -217,41 +272,217 @@ def assert_same_outputs(a: TileNetwork, b: TileNetwork, pixels: np.ndarray) -> N
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-3)
 
 
-def test_a_network_begins_where_another_ended(pixels: np.ndarray) -> None:
-    old = network_of(pixels, 1)
+@pytest.mark.parametrize("lapped", [False, True])
+def test_a_network_begins_where_another_ended(pixels: np.ndarray, lapped: bool) -> None:
+    old = network_of(pixels, 1, lapped=lapped)
     assert outputs(old, pixels)[1] != outputs(network_of(pixels, 99), pixels)[1]
-    assert_same_outputs(old, begun_from(old, pixels), pixels)
+    new, afresh = begun_from(old, pixels)
+    assert not afresh
+    assert_same_outputs(old, new, pixels)
+    for k, v in old.state_dict().items():
+        assert torch.equal(v, new.state_dict()[k]), k
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"context": 20},
-        {"middle": 24},
-        {"context": 12, "middle": 16},
-        {"chain": 24},
-        {"context": 12, "middle": 16, "chain": 12},
-        {"hyper": 12},
-        {"analysis": 12},
-        {"context_channels": 56},
-        {"hyper": 12, "context": 12, "middle": 16, "chain": 12, "analysis": 12},
-    ],
-    ids=" ".join,
-)
+WIDER = [
+    {"context": 20},
+    {"middle": 24},
+    {"context": 12, "middle": 16},
+    {"chain": 24},
+    {"context": 12, "middle": 16, "chain": 12},
+    {"hyper": 12},
+    {"z_channels": 6},
+    {"analysis": 12},
+    {"analysis_layers": 2},
+    {"analysis_channels": 40},
+    {"context_channels": 56},
+    {"chain_kernels": (3, 3)},
+    {"hyper": 12, "context": 12, "middle": 16, "chain": 12, "analysis": 12},
+]
+
+
+@pytest.mark.parametrize("changes", WIDER, ids=str)
 def test_wider_networks_begin_as_the_narrow_one(
     pixels: np.ndarray, changes: dict[str, Any]
 ) -> None:
     """New columns are zero: what new rows give changes nothing yet."""
     old = network_of(pixels, 1)
-    assert_same_outputs(old, begun_from(old, pixels, **changes), pixels)
+    new, afresh = begun_from(old, pixels, **changes)
+    blocks = ["analysis.2.a", "analysis.2.b"] if "analysis_layers" in changes else []
+    assert afresh == blocks
+    if blocks:  # a new residual block begins as the identity
+        with torch.no_grad():
+            new.analysis[2].b.weight.zero_()
+            new.analysis[2].b.bias.zero_()
+    if "z_channels" in changes:  # ... but a new hyper-latent costs bits
+        a, b = outputs(old, pixels), outputs(new, pixels)
+        np.testing.assert_allclose(a[0], b[0], atol=1e-3)
+        assert a[1] < b[1] < a[1] + 0.02
+    elif "analysis_channels" in changes:  # rows of more latents are the new network's
+        with torch.no_grad():
+            new.analysis_out.weight[24:].zero_()
+            new.analysis_out.bias[24:].zero_()
+        assert_same_outputs(old, new, pixels)
+    else:
+        assert_same_outputs(old, new, pixels)
+
+
+def silent(net: TileNetwork, axis: str, kept: list[int]) -> None:
+    """Let nothing read the units of an axis, except some."""
+    layers = layers_of(net.settings, {k: k for k in range(len(net.settings.stages))})
+    for name, layer in layers.items():
+        at = 0
+        for units in layer.columns:
+            if units.axis.endswith(axis):
+                others = [at + u for u in range(units.width) if u not in kept]
+                net.get_parameter(f"{name}.weight").data[:, others] = 0
+            at += units.width * units.each
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis"),
+    [
+        ({"hyper": 5}, "hyper"),
+        ({"context": 5}, "context"),
+        ({"middle": 5}, "middle"),
+        ({"chain": 5}, ""),
+        ({"analysis": 5}, "trunk"),
+        ({"z_channels": 3}, "z"),
+        ({"analysis_layers": 0}, ""),
+        ({"context_channels": 16}, ""),
+        ({"analysis_channels": 16}, ""),
+        ({"hyper": 4, "context": 4, "middle": 4, "chain": 4, "analysis": 4, "z_channels": 2}, ""),
+    ],
+    ids=str,
+)
+def test_narrower_networks_keep_what_is_read_most(
+    pixels: np.ndarray, changes: dict[str, Any], axis: str
+) -> None:
+    """Where only five units of eight are read, the rest can go; every layer is taken over."""
+    old = network_of(pixels, 1)
+    if axis and axis not in ("trunk", "z"):
+        silent(old, axis, [0, 2, 3, 5, 7])
+        if axis == "hyper":
+            silent(old, "expanded", [0, 2, 3, 5, 7])
+        if axis == "context":
+            silent(old, "reduced", [0, 2, 3, 5, 7])
+    new, afresh = begun_from(old, pixels, **changes)
+    if changes.get("context_channels") == 16:  # what was reduced is read as it is
+        assert afresh == ["stages.5.context"]
+    else:
+        assert not afresh
+    ours, theirs = outputs(old, pixels), outputs(new, pixels)
+    if axis and axis not in ("trunk", "z"):
+        assert_same_outputs(old, new, pixels)
+    assert np.isfinite(theirs[0]).all() and theirs[1] < 3 * ours[1]
+
+
+def test_strong_units_are_kept_in_their_order() -> None:
+    """... with the same weights in every layer that they belong to."""
+    old, new = (TileNetwork(NetworkSettings(**{**TINY, "analysis": width})) for width in (8, 3))
+    strong = [6, 1, 4]
+    with torch.no_grad():
+        for parameter in (old.analysis_out.weight, old.analysis[1].a.weight):
+            parameter[:, strong] = 9.0
+    state, _ = warm_start(old.settings, old.state_dict(), new.settings, new.state_dict())
+    kept = sorted(strong)
+    assert torch.equal(state["analysis.0.bias"], old.analysis[0].bias[kept])
+    inner = np.argsort(-(old.analysis[1].b.weight ** 2).sum((0, 2, 3)).detach().numpy())[:3]
+    expected = old.analysis[1].b.weight[kept][:, np.sort(inner)]
+    assert torch.equal(state["analysis.1.b.weight"], expected)
+    assert (state["analysis_out.weight"] == 9).all()
+
+
+def test_layers_without_a_counterpart_begin_afresh_with_what_reads_them_silent(
+    pixels: np.ndarray,
+) -> None:
+    old = network_of(pixels, 1)
+    new, afresh = begun_from(old, pixels, chain_kernels=(1, 3, 3))
+    assert afresh == ["chain.2", "chain_out"]
+    stages = (*TINY["stages"][:4], (16, 20, 0), (36, 12, 0), (48, 8, 0))
+    new, afresh = begun_from(old, pixels, stages=stages)
+    assert {name.split(".")[1] for name in afresh} == {"4", "5"}
+    # a stage that did not reduce its context begins to: no column of the old middle reads it
+    few = {**TINY, "context_channels": 32}
+    old = network_of(pixels, 1, **few)
+    new, afresh = begun_from(old, pixels, context_channels=48)
+    assert afresh == ["stages.5.context", "stages.5.reduce"]
+    assert not new.stages[5].middle.weight[:, 8:16].any()
+
+
+def test_every_weight_has_a_place_in_warm_starts() -> None:
+    """A layer that the plan does not know would begin at random, unnamed."""
+    for n in (NetworkSettings(**TINY), NetworkSettings()):
+        known = set(TRANSFORM)
+        for name, layer in layers_of(n, {k: k for k in range(len(n.stages))}).items():
+            known |= {f"{name}.weight", f"{name}.bias"} if layer.columns else {name}
+        assert known == set(TileNetwork(n).state_dict())
+
+
+def test_a_transform_that_does_not_fit_is_refused(pixels: np.ndarray) -> None:
+    old = network_of(pixels, 1)
+    with pytest.raises(ValueError, match="--new-basis"):
+        begun_from(old, pixels, lapped=True)
+    wide = (*TINY["stages"][:5], (48, 16, 0))
+    with pytest.raises(ValueError, match="--new-basis"):
+        begun_from(old, pixels, stages=wide)
+    new, afresh = begun_from(old, pixels, new_basis=True, stages=wide)
+    assert afresh == [f"stages.5.{k}" for k in ("context", "middle", "reduce", "scale")]
+    assert new.basis.shape == (64, 768)
+
+
+@pytest.mark.parametrize("lapped", [False, True])
+def test_latents_may_change_places_and_signs(pixels: np.ndarray, lapped: bool) -> None:
+    """A network on its own transform, its channels shuffled within stages, some of them negated."""
+    old = network_of(pixels, 1, lapped=lapped)
+    new = network_of(pixels, 99, lapped=lapped)
+    rng = np.random.default_rng(3)
+    ranges = ((0, 4), (4, 16), (16, 24), (24, 48), (48, 56))  # of stages, contexts and analysis
+    order = np.concatenate([a + rng.permutation(b - a) for a, b in ranges])
+    sign = rng.choice([-1.0, 1.0], len(order))
+    flip = torch.from_numpy(sign).float()
+    new.basis.copy_(old.basis[order] * flip[:, None])
+    new.inverse.copy_(old.inverse[:, order] * flip)
+    new.deviation.copy_(old.deviation[order])
+    new.mean.copy_(old.mean)
+    new.border.copy_(old.border)
+    channels = match_channels(old.settings, old.state_dict(), new.settings, new.state_dict())
+    np.testing.assert_array_equal(channels.source, order)
+    np.testing.assert_array_equal(channels.sign, sign)
+    np.testing.assert_allclose(channels.likeness, 1)
+    state, afresh = warm_start(
+        old.settings, old.state_dict(), new.settings, new.state_dict(), channels
+    )
+    assert not afresh
+    new.load_state_dict(state)
+    before = outputs(old, pixels), outputs(new, pixels)
+    np.testing.assert_allclose(before[1][1], before[0][1], rtol=0.01)  # the search's path differs
+    for net in (old, new):
+        net.search = nearest
+    assert_same_outputs(old, new, pixels)
+
+
+def test_a_new_transform_keeps_its_own_numbers(pixels: np.ndarray) -> None:
+    """Another colour weight: the buffers are the new network's, scales follow the spread."""
+    old, new = network_of(pixels, 1), network_of(pixels, 99)
+    begin_with(new, pixels, 5, 0.8)
+    fresh = {k: v.clone() for k, v in new.state_dict().items()}
+    channels = match_channels(old.settings, old.state_dict(), new.settings, fresh)
+    assert sorted(channels.source) == list(range(56)) and channels.likeness.mean() > 0.4
+    state, _ = warm_start(old.settings, old.state_dict(), new.settings, fresh, channels)
+    for name in ("basis", "inverse", "mean", "deviation", "border"):
+        assert torch.equal(state[name], fresh[name])
+    octaves = torch.log2(fresh["deviation"] / old.deviation[channels.source])
+    moved = state["stages.4.scale.bias"] - old.stages[4].scale.bias[channels.source[16:48] - 16]
+    torch.testing.assert_close(moved, octaves[16:48], rtol=0, atol=1e-5)
+    new.load_state_dict(state)
+    bits = [float(outputs(net, pixels)[1][0]) for net in (old, new)]
+    assert bits[1] < 1.3 * bits[0]
 
 
 def test_stages_of_a_wider_network_agree(pixels: np.ndarray) -> None:
     old = network_of(pixels, 1)
-    new = begun_from(old, pixels, context=20, middle=24)
-    rng = np.random.default_rng(0)
-    whole = lambda n: torch.from_numpy(rng.integers(0, 256, (1, n, 5, 6)) / 32).float()  # noqa: E731
-    h, plane, context = whole(8), whole(1), (whole(48) - 4).clamp(-127 / 32, 127 / 32)
+    new, _ = begun_from(old, pixels, context=20, middle=24)
+    h, plane, context = stage_inputs()
     for a, b in zip(old.stages, new.stages, strict=True):
         for x, y in zip(a(h, plane, context), b(h, plane, context), strict=True):
             np.testing.assert_array_equal(x.detach().numpy(), y.detach().numpy())
@@ -259,7 +490,7 @@ def test_stages_of_a_wider_network_agree(pixels: np.ndarray) -> None:
 
 def test_a_1x1_kernel_begins_as_the_centre_of_a_3x3(pixels: np.ndarray) -> None:
     old = network_of(pixels, 1, chain_kernels=(3, 3))
-    new = begun_from(old, pixels, chain_kernels=(1, 3))
+    new, _ = begun_from(old, pixels, chain_kernels=(1, 3))
     np.testing.assert_array_equal(
         new.chain[0].weight.detach()[:, :, 0, 0], old.chain[0].weight.detach()[:, :, 1, 1]
     )
@@ -268,87 +499,299 @@ def test_a_1x1_kernel_begins_as_the_centre_of_a_3x3(pixels: np.ndarray) -> None:
 
 def test_stages_begin_with_those_of_the_same_channels() -> None:
     new = NetworkSettings(**TINY)
-    assert training.stage_sources(new.to_dict()["stages"], new) == {k: k for k in range(6)}
+    assert stage_sources(new.to_dict()["stages"], new) == {k: k for k in range(6)}
     old = [[0, 4, 0], [4, 12, 0], [16, 20, 0], [36, 12, 0], [48, 8, 0]]
     # one lattice becomes three; channels cut otherwise have no source
-    assert training.stage_sources(old, new) == {0: 0, 1: 0, 2: 0, 3: 1, 5: 4}
+    assert stage_sources(old, new) == {0: 0, 1: 0, 2: 0, 3: 1, 5: 4}
     old = [[0, 4, 1], [0, 4, 2], [0, 4, 3], [4, 12, 1], [4, 12, 2], [4, 12, 3], [16, 32, 0]]
-    assert training.stage_sources(old, new) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 6}
+    assert stage_sources(old, new) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 6}
 
 
-def test_weights_fill_the_first_rows_and_columns() -> None:
-    def filled(shape: tuple[int, ...], source: Any, segments: Any = None) -> Any:
-        target = torch.full(shape, -1.0)
-        before = target.clone()
-        taken = training.take_over(target, torch.as_tensor(source, dtype=torch.float32), segments)
-        if not taken:
-            assert torch.equal(target, before)
-        return target if taken else None
+# -- precision --
 
-    four = torch.arange(1.0, 7).view(2, 3, 1, 1)
-    assert torch.equal(filled((2, 3, 1, 1), four), four)
-    wide = filled((3, 5, 1, 1), four)
-    assert torch.equal(wide[:2, :3], four) and not wide[:2, 3:].any()
-    assert (wide[2] == -1).all()  # a new row keeps its random weights
-    # inputs of two segments: each grows by itself
-    wide = filled((2, 6, 1, 1), four, ((2, 1), (4, 2)))
-    assert wide[0, :, 0, 0].tolist() == [1, 2, 0, 0, 3, 0]
-    assert filled((5,), [1, 2]).tolist() == [1, 2, -1, -1, -1]
-    assert filled((1,), [1, 2]) is None
-    assert filled((2, 3, 1, 1), torch.arange(54.0).view(2, 3, 3, 3))[1, 2, 0, 0] == 49
-    assert filled((2, 3, 3, 3), four) is None
-    assert filled((2, 6, 1, 1), four, ((2, 2), (4, 2))) is None
+
+def stage_inputs() -> tuple[Any, Any, Any]:
+    """(h, plane, context) of 48 context channels, on their grids of 1/32."""
+    rng = np.random.default_rng(0)
+    whole = lambda n: torch.from_numpy(rng.integers(0, 256, (1, n, 5, 6)) / 32).float()  # noqa: E731
+    return whole(8), whole(1), (whole(48) - 4).clamp(-127 / 32, 127 / 32)
+
+
+def test_integer_networks_are_the_same_under_autocast(pixels: np.ndarray) -> None:
+    """Also from inputs in bfloat16, whose eight bits hold them."""
+    net = network_of(pixels, 1)
+    with torch.no_grad():
+        for stage in net.stages:  # rows with sums that bfloat16 cannot hold
+            stage.middle.weight.mul_(3)
+    inputs = stage_inputs()
+    for stage in net.stages:
+        index, mean = stage(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = torch.nn.functional.conv2d(
+                torch.cat([inputs[0]] * 2, 1), torch.rand(4, 16, 1, 1)
+            )
+            again = stage(*inputs), stage(*(t.bfloat16() for t in inputs))
+        assert rough.dtype == torch.bfloat16  # it was on
+        for other_index, other_mean in again:
+            assert other_index.dtype == other_mean.dtype == torch.float32
+            assert torch.equal(index, other_index) and torch.equal(mean, other_mean)
+        assert torch.equal(index, index.round()) and (index.std() > 0.5)
+
+
+def test_bfloat16_is_for_the_float_networks_alone(
+    pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Analysis and hyper-analysis differ by rounding; given the same latents and hyper-latents,
+    symbols, rates and pixels do not."""
+    net = network_of(pixels, 1).eval()
+    before = outputs(net, pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(outputs(net, pixels)[0], before[0])
+    seen: list[Any] = []
+    kinds = []
+    for name in ("analysis", "h_a"):
+        module = net.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
+    analyse, hyper = net.analyse, net.h_a.forward
+    monkeypatch.setattr(net, "analyse", lambda *a: seen.append(analyse(*a)) or seen[-1])
+    monkeypatch.setattr(net.h_a, "forward", lambda *a: seen.append(hyper(*a)) or seen[-1])
+    net.float_type = torch.bfloat16
+    rough = outputs(net, pixels)
+    assert kinds == [torch.bfloat16] * 2 and seen[0].dtype == torch.float32
+    np.testing.assert_allclose(rough[1], before[1], rtol=0.02)
+    monkeypatch.setattr(net, "analyse", lambda *a: seen[0])
+    monkeypatch.setattr(net.h_a, "forward", lambda *a: seen[1])
+    net.float_type = torch.float32
+    for a, b in zip(outputs(net, pixels), rough, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_flow_in_bfloat16(pixels: np.ndarray) -> None:
+    run = run_of(network_of(pixels, 1), Machine(float_type=torch.bfloat16), low_share=0.0)
+    run.one_step([crops(pixels, 2)], 0.0)
+    for name, parameter in run.net.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_machines_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Machine.of("cpu") == Machine("cpu", torch.float32, 0)
+    assert Machine.of("cpu", "bfloat16", 2) == Machine("cpu", torch.bfloat16, 2)
+    monkeypatch.setattr("tools.train.machine.cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Machine.of() == Machine("cuda", torch.bfloat16, 4)
+    assert Machine.of("cuda", "float32").float_type == torch.float32
+    monkeypatch.setattr("tools.train.machine.cores", lambda: 2)
+    assert Machine.of().workers == 1
+
+
+# -- runs --
+
+
+def run_of(net: TileNetwork, machine: Machine | None = None, **settings: Any) -> Run:
+    """A run that has begun with a network's weights."""
+    run = Run(TrainSettings(**{"warmup": 1, **settings}), net.settings, machine)
+    run.net.load_state_dict(net.state_dict())
+    run.prepare()
+    run.net.train()
+    return run
+
+
+def crops(pixels: np.ndarray, count: int, seed: int = 0, side: int = 64) -> np.ndarray:
+    sampler = Sampler([Source("a", [pixels])], side, seed)
+    return np.ascontiguousarray(sampler.batch(count))
+
+
+def gradients(run: Run) -> dict[str, Any]:
+    return {n: p.grad.clone() for n, p in run.net.named_parameters()}
+
+
+def test_gradients_are_averaged_over_batches(pixels: np.ndarray) -> None:
+    """Four images at once, two and two, one and three: the same step, and the same log."""
+    net, images = network_of(pixels, 1), crops(pixels, 4)
+    found = []
+    for parts in ([4], [2, 2], [1, 3]):
+        run = run_of(net, clip=1e9, low_share=0.0)
+        run.net.eval()  # no noise, which would differ
+        log = run.one_step(np.split(images, np.cumsum(parts)[:-1]), 0.0)
+        found.append((gradients(run), log))
+    for other, log in found[1:]:
+        for name, gradient in found[0][0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
+        for name in ("loss", "bpp", "psnr", "ssim", "norm"):
+            assert log[name] == pytest.approx(found[0][1][name], rel=1e-4)
+
+
+def test_a_resumed_run_is_the_run_that_did_not_stop(pixels: np.ndarray, tmp_path: Path) -> None:
+    """Weights, moments, average, tables, noise and rates, to the last bit."""
+    net = network_of(pixels, 1)
+    batches = [[crops(pixels, 2, seed)] for seed in range(6)]
+    whole = run_of(net, seed=4)
+    whole.net.search.refresh = 16  # searches; six a step with all stages
+    for batch in batches:
+        whole.one_step(batch, 0.1)
+    first = run_of(net, seed=4)
+    first.net.search.refresh = 16
+    for batch in batches[:3]:
+        first.one_step(batch, 0.1)
+    first.elapsed = 7.25
+    save(tmp_path / "net.pt", first.state())
+    torch.manual_seed(0)
+    second = Run(first.settings, net.settings)
+    second.net.search.refresh = 16
+    second.resume(torch.load(tmp_path / "net.pt", weights_only=True))
+    second.net.train()
+    assert (second.step, second.elapsed) == (3, 7.25)
+    for batch in batches[3:]:
+        second.one_step(batch, 0.1)
+    a, b = whole.state(), second.state()
+    for part in ("weights", "average"):
+        for k, v in a[part].items():
+            assert torch.equal(v, b[part][k]), k
+    for k, v in a["optimiser"]["state"].items():
+        assert torch.equal(v["exp_avg_sq"], b["optimiser"]["state"][k]["exp_avg_sq"])
+    for k, v in a["search"].items():
+        assert np.array_equal(v, b["search"][k]), k
+    assert not np.array_equal(a["search"]["cdf"], run_of(net).state()["search"]["cdf"])
+    assert a["norms"] == b["norms"] and sum(map(len, a["norms"].values())) == 6
+    # with another seed it goes elsewhere from there
+    third = Run(TrainSettings(seed=5), net.settings)
+    third.resume(torch.load(tmp_path / "net.pt", weights_only=True))
+    assert not np.array_equal(third.rates(4)[1], first.rates(4)[1])
+
+
+def test_checkpoints_without_all_parts_go_on(pixels: np.ndarray) -> None:
+    """Averages, and checkpoints of earlier versions."""
+    run = run_of(network_of(pixels, 1))
+    run.one_step([crops(pixels, 2)], 0.0)
+    mean = averaged([run.state()] * 2)
+    del mean["average"]["border"]
+    other = Run(TrainSettings(), run.net.settings)
+    other.resume(mean)
+    assert other.step == 1
+    for k, v in run.average.items():
+        torch.testing.assert_close(other.net.state_dict()[k], v)
+    other.one_step([crops(pixels, 2)], 0.0)
+
+
+def test_batches_with_outlying_gradients_are_skipped(pixels: np.ndarray) -> None:
+    run = run_of(network_of(pixels, 1), low_share=1.0)
+    run.norms["low"] = [1e-6] * 9
+    before = {k: v.clone() for k, v in run.net.state_dict().items()}
+    assert run.one_step([crops(pixels, 2)], 0.0)["skipped"] == 1
+    for k, v in run.net.state_dict().items():
+        assert torch.equal(v, before[k]), k
+    run.norms["low"] = [1e6] * 9
+    assert "skipped" not in run.one_step([crops(pixels, 2)], 0.0)
+    with torch.no_grad():
+        run.net.z_log_scale.fill_(float("nan"))  # spoils the rate
+    assert run.one_step([crops(pixels, 2)], 0.0)["skipped"] == 1
+    assert np.isfinite(run.norms["low"]).all()
+
+
+def saved(net: TileNetwork, path: Path) -> Path:
+    state = {"network": net.settings.to_dict(), "average": net.state_dict(), "weights": {}}
+    torch.save({**state, "train": {}, "step": 0, "elapsed": 0.0}, path)
+    return path
 
 
 def test_training_resumes_and_exports(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pixels: np.ndarray, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = NetworkSettings(
-        stages=((0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 12, 0), (16, 24, 0)), mean_stages=4,
-        context_channels=16, z_channels=4, hyper=8, context=8, middle=8, chain=8,
-        chain_kernels=(1, 3), analysis=8, analysis_layers=1, analysis_channels=24,
-    )  # fmt: skip
-    monkeypatch.setattr(training, "NetworkSettings", lambda: small)
-    monkeypatch.setattr(
-        training.NetworkSettings, "from_dict", NetworkSettings.from_dict, raising=False
-    )
-    out = tmp_path / "net.pt"
-    arguments = ["--data", str(folder), "--out", str(out), "--batch", "2", "--device", "cpu"]
-    training.main([*arguments, "--minutes", "0.05"])
+    few = lambda s, d, e, crops, *more: count_symbols(s, d, e, 4, *more)  # noqa: E731
+    monkeypatch.setattr("tools.export.__main__.count_symbols", few)
+    monkeypatch.setattr(training, "ROW_STEPS", 2)
+    tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
+    shape = [f"{k}={json.dumps(v)}" for k, v in TINY.items()]
+    out, models = tmp_path / "net.pt", tmp_path / "m"
+    common = ["--data", str(folder), "--batch", "2", "--device", "cpu", "--set", *shape]
+    more = ["shape_share=0.5", "shapes=[[96, 224]]"]
+    begin = ["--start-from", str(tiny)]
+    training.main([*common, *more, *begin, "--out", str(out), "--minutes", "0.05"])
     first = torch.load(out, weights_only=True)
-    training.main([*arguments, "--minutes", "0.1"])
+    training.main([*common, "--out", str(out), "--minutes", "0.1", "--export", str(models)])
     second = torch.load(out, weights_only=True)
     assert second["step"] > first["step"] and second["elapsed"] >= 0.1
-    assert NetworkSettings.from_dict(second["network"]) == small
-    assert all(json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines())
-    export.main(
-        [
-            str(out),
-            "--data",
-            str(folder),
-            "--out",
-            str(tmp_path / "m"),
-            "--crops",
-            "4",
-            "--name",
-            "tiny",
-        ]
-    )
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {"tiny.wscm", "tiny.encoder.wscm"}
+    assert second["search"]["calls"] > first["search"]["calls"]
+    assert NetworkSettings.from_dict(second["network"]) == NetworkSettings(**TINY)
+    assert first["crops"]["shapes"] == ((96, 224),) and second["crops"] == CropSettings().to_dict()
+    rows = [json.loads(s) for s in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert rows and all(r["images_per_second"] > 0 and 0 <= r["waiting"] < 1 for r in rows)
+    assert {p.name for p in models.iterdir()} == {"net.wscm", "net.encoder.wscm"}
     begun = tmp_path / "begun.pt"
-    training.main(
-        [
-            *arguments[:2],
-            "--out",
-            str(begun),
-            *arguments[4:],
-            "--minutes",
-            "0.01",
-            "--start-from",
-            str(tmp_path / "m" / "tiny.wscm"),
-        ]
-    )
+    model = ["--start-from", str(models / "net.wscm")]
+    training.main([*common, *model, "--out", str(begun), "--minutes", "0.01"])
     assert torch.load(begun, weights_only=True)["step"] >= 1
+
+
+def test_a_new_network_begins_with_the_transform_of_the_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    pixels: np.ndarray, tmp_path: Path,
+) -> None:  # fmt: skip
+    sampler = Sampler(load_sources(folder), 256, 0)
+    monkeypatch.setattr(training, "block_klt", lambda s, b, c: block_klt(s, b, c, crops=6))
+    monkeypatch.setattr(training, "lapped_klt", lambda s, c: pytest.fail("not of lapped blocks"))
+    net = TileNetwork(NetworkSettings(**TINY))
+    training.begin(net, sampler, 0.75, None, False)
+    assert net.basis.any() and capsys.readouterr().out == ""
+    tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
+    basis = net.basis.clone()
+    sampler = Sampler(load_sources(folder), 256, 0)
+    training.begin(net, sampler, 0.75, str(tiny), True)
+    assert torch.equal(net.basis, basis)
+    assert "afresh: nothing" in capsys.readouterr().out
+    training.begin(net, sampler, 0.75, str(tiny), False)
+    assert not torch.equal(net.basis, basis)
+
+
+def test_exports_need_neither_imagecodecs_nor_tifffile(
+    pixels: np.ndarray, folder: Path, tmp_path: Path
+) -> None:
+    """As on a CUDA machine: from a pack, in a process that cannot import them."""
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("path,split,priority\nx/cmu_0.png,train,1\n")
+    write_pack(folder, manifest, tmp_path / "pack.zip", 2**20)
+    tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
+    code = (
+        "import sys; sys.modules['imagecodecs'] = sys.modules['tifffile'] = None\n"
+        "from pathlib import Path\n"
+        "from tools.train.__main__ import export\n"
+        "import tools.export.__main__ as e\n"
+        "count = e.count_symbols\n"
+        "e.count_symbols = lambda s, d, f, crops, *more: count(s, d, f, 4, *more)\n"
+        "export(*map(Path, sys.argv[1:]))\n"
+    )
+    arguments = [str(tiny), str(tmp_path / "pack.zip"), str(tmp_path / "m")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "m" / "tiny.encoder.wscm").stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigterm_leaves_a_checkpoint(pixels: np.ndarray, folder: Path, tmp_path: Path) -> None:
+    tiny, out = saved(network_of(pixels, 1), tmp_path / "tiny.pt"), tmp_path / "net.pt"
+    shape = [f"{k}={json.dumps(v)}" for k, v in TINY.items()]
+    with subprocess.Popen(
+        [
+            sys.executable, "-m", "tools.train", "--data", str(folder), "--out", str(out),
+            "--start-from", str(tiny), "--minutes", "30", "--batch", "1", "--device", "cpu",
+            "--workers", "2", "--set", *shape, "crop=64", "shape_share=0",
+        ],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("["):  # fifty steps
+                break
+        os.killpg(process.pid, signal.SIGTERM)  # as `timeout` does: the whole group
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    state = torch.load(out, weights_only=True)
+    assert f"SIGTERM: stopped at step {state['step']}" in rest and state["step"] >= 50
+    assert state["elapsed"] > 0
 
 
 def test_model_files_hold_the_network(pixels: np.ndarray) -> None:
@@ -385,6 +828,9 @@ def test_networks_are_averaged(pixels: np.ndarray, tmp_path: Path) -> None:
         torch.testing.assert_close(v, (nets[0].state_dict()[k] + nets[1].state_dict()[k]) / 2)
 
 
+# -- images --
+
+
 def test_packs_hold_the_same_pixels(folder: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     rows = [f"x/cmu_{i}.png,train,{i}" for i in range(2)]
@@ -392,8 +838,200 @@ def test_packs_hold_the_same_pixels(folder: Path, tmp_path: Path) -> None:
     pack = tmp_path / "pack.zip"
     training.main(["--data", str(folder), "--out", str(pack), "--pack", str(manifest)])
     for a, b in zip(load_sources(folder), load_sources(pack), strict=True):
+        assert (a.name, a.jpeg) == (b.name, b.jpeg)
         for x, y in zip(a.images, b.images, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_packs_are_in_order_of_priority_and_of_the_size_asked(
+    pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """JPEG files stay what they are; the manifest's rows say so behind, too."""
+    data, manifest = tmp_path / "train", tmp_path / "manifest.csv"
+    data.mkdir()
+    rows = ["path,split,priority,jpeg_history_quality_or_none"]
+    histories = ("none-detected", "q90", "jpeg-grid", "q95", '"q98, 2x area-downsampled"', "q95")
+    for i, history in enumerate(histories):
+        suffix = ".jpg" if i in (1, 3) else ".png"
+        crop = PIL_Image.fromarray(np.ascontiguousarray(pixels[i * 80 : i * 80 + 260, 100:420]))
+        crop.save(data / f"s_{i}{suffix}", **({"quality": 95} if suffix == ".jpg" else {}))
+        split = "train" if i != 5 else "val"
+        rows.append(f"shared/train/s_{i}{suffix},{split},{10 - i},{history}")
+    manifest.write_text("\n".join(rows) + "\n")
+    assert write_pack(data, manifest, tmp_path / "all.zip", 2**30) == 5
+    with zipfile.ZipFile(tmp_path / "all.zip") as pack:
+        names = pack.namelist()
+        sizes = [i.file_size for i in pack.infolist()]
+        assert pack.read("s_3.jpg") == (data / "s_3.jpg").read_bytes()
+    assert names == ["s_4.webp", "s_3.jpg", "s_2.webp", "s_1.jpg", "s_0.webp", "manifest.csv"]
+    limit = sum(sizes[:3]) + 400
+    assert write_pack(data, manifest, tmp_path / "some.zip", limit) == 3
+    with zipfile.ZipFile(tmp_path / "some.zip") as pack:
+        assert pack.namelist() == [*names[:3], "manifest.csv"]
+        assert sum(i.file_size for i in pack.infolist()) <= limit
+    past = (False, True, True, True, False)
+    assert load_sources(tmp_path / "all.zip")[0].jpeg == past
+    assert load_sources(tmp_path / "some.zip")[0].jpeg == past[2:]
+    assert load_sources(data)[0].jpeg == (*past, True)  # the manifest beside the folder
+
+
+def test_a_manifest_of_something_else_is_left_alone(folder: Path) -> None:
+    (folder.parent / "manifest.csv").write_text("name;age\nx;3\n")
+    try:
+        assert load_sources(folder)[0].jpeg == (False, False)
+    finally:
+        (folder.parent / "manifest.csv").unlink()
+
+
+def grid_of(tile: np.ndarray) -> float:
+    """How much more a crop's columns differ across some multiple of 8 than elsewhere."""
+    steps = np.abs(np.diff(tile.astype(float), axis=1)).mean((0, 2))
+    by_phase = np.array([steps[k::8].mean() for k in range(8)])
+    return float(by_phase.max() / by_phase.mean())
+
+
+def test_images_with_a_jpeg_past_are_halved_more_often(pixels: np.ndarray) -> None:
+    image = pixels[:512, :512].copy()
+    blocks = image.reshape(64, 8, 64, 8, 3).mean((1, 3), dtype=float)
+    image[:] = np.repeat(np.repeat(blocks, 8, 0), 8, 1)
+    settings = CropSettings(stain=0)
+    shares = []
+    for jpeg in (False, True):
+        sampler = Sampler([Source("a", [image], (jpeg,))], 64, 0, settings)
+        found = np.array([grid_of(sampler.one()) for _ in range(300)])
+        shares.append((found < 6).mean())  # blocks of 4 pixels instead of 8
+    assert shares == pytest.approx([0.4, 0.7], abs=0.08)
+
+
+def test_stains_are_tables_of_what_samples_can_be(pixels: np.ndarray) -> None:
+    rng, again = np.random.default_rng(0), np.random.default_rng(0)
+    table = stained(rng)
+    density = -np.log((pixels[:40, :40].astype(float) + 1) / 256)
+    gains = np.exp(again.normal(0, 0.12, 3)) * np.exp(again.normal(0, 0.15))
+    expected = 256 * np.exp(-density * gains - again.normal(0, 0.02)) - 1
+    for c in range(3):
+        np.testing.assert_allclose(
+            table[c][4 * pixels[:40, :40, c].astype(int)], expected[..., c], atol=1e-9
+        )
+    mean = pixels[:40, :40].reshape(20, 2, 20, 2, 3).mean((1, 3))
+    np.testing.assert_array_equal(halved(pixels[:40, :40]) / 4, mean)
+
+
+def test_sources_are_weighed_by_a_power_of_their_area(pixels: np.ndarray) -> None:
+    small, large = pixels[:256, :256], pixels[:512]
+    for exponent, share in ((0.0, 0.5), (0.5, 6**0.5), (1.0, 6.0)):
+        settings = CropSettings(area_exponent=exponent)
+        sampler = Sampler([Source("a", [small]), Source("b", [large])], 256, 0, settings)
+        weights = np.diff(sampler.cumulative[256, 256], prepend=0)
+        ratio = 1.0 if exponent == 0 else share
+        assert weights[1] / weights[0] == pytest.approx(ratio)
+
+
+def test_some_batches_have_other_shapes_and_some_tiles_end(pixels: np.ndarray) -> None:
+    settings = CropSettings(edge=0.3, shape_share=0.4, stain=0)
+    sampler = Sampler([Source("a", [pixels])], 256, 0, settings)
+    shapes, ends, tiles = [], 0, 0
+    for step in range(60):
+        batch = sampler.tiles(step, 0, 4)
+        assert batch.dtype == np.uint8 and batch.shape[1] == 3
+        assert sampler.tiles(step, 1, 4).shape == batch.shape
+        shapes.append(batch.shape)
+        assert 0.8 < batch[:, 0].size / (4 * 256**2) < 1.2
+        for tile in batch:
+            right = (tile[:, :, -1] == tile[:, :, -2]).all()
+            below = (tile[:, -1] == tile[:, -2]).all()
+            ends, tiles = ends + int(right or below), tiles + 1
+    square = sum(s == (4, 3, 256, 256) for s in shapes)
+    assert 24 < square < 48 and len(set(shapes)) == 6
+    assert (12, 3, 96, 224) in shapes and (4, 3, 128, 512) in shapes
+    assert 0.2 < ends / tiles < 0.5
+    # shapes that no image holds are left out
+    small = Sampler([Source("a", [pixels[:300, :300]])], 256, 0, CropSettings(shape_share=1.0))
+    assert small.tiles(0, 0, 4).shape == (12, 3, 96, 224)
+    with pytest.raises(ValueError, match="no image holds"):
+        Sampler([Source("a", [pixels[:300, :300]])], 512, 0)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        CropSettings(shapes=((100, 256),))
+
+
+def test_crops_of_all_shapes_are_pieces_of_the_image() -> None:
+    """Turned and mirrored, but neither moved nor stretched: a picture of its own coordinates."""
+    y, x = np.mgrid[:200, :240]
+    image = np.stack([y, x, 0 * x], 2).astype(np.uint8)
+    settings = CropSettings(stain=0, halve=0, edge=0, shapes=((64, 160),), shape_share=1.0)
+    sampler = Sampler([Source("a", [image])], 64, 0, settings)
+    turns = set()
+    for step in range(20):
+        for tile in sampler.tiles(step, 0, 4).astype(int):
+            down, right = (tile[:2, 1, 0] - tile[:2, 0, 0]), (tile[:2, 0, 1] - tile[:2, 0, 0])
+            turns.add((*down, *right))
+            rows, columns = np.mgrid[: tile.shape[1], : tile.shape[2]]
+            for c in range(2):
+                expected = tile[c, 0, 0] + rows * down[c] + columns * right[c]
+                np.testing.assert_array_equal(tile[c], expected)
+    assert len(turns) == 8
+
+
+# -- batches drawn ahead --
+
+
+def steps_of(loader: Loader, count: int) -> list[list[np.ndarray]]:
+    with loader:
+        return [loader.step() for _ in range(count)]
+
+
+def test_batches_do_not_depend_on_who_draws_them(pixels: np.ndarray) -> None:
+    """... nor on where a run began; two runs of other seeds, two steps and two parts differ."""
+    sources = [Source("a", [pixels], (True,)), Source("b", [pixels[:300, :400]])]
+    settings = CropSettings(shapes=((32, 128),), shape_share=0.5)
+    common = (sources, 64, 3, settings, 2, 2)
+    drawn = {w: steps_of(Loader(*common, workers=w), 8) for w in (0, 1, 3)}
+    for steps in drawn.values():
+        for a, b in zip(drawn[0], steps, strict=True):
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+    later = steps_of(Loader(*common, first=5, workers=2), 3)
+    np.testing.assert_array_equal(later[0][1], drawn[0][5][1])
+    np.testing.assert_array_equal(later[2][0], drawn[0][7][0])
+    assert {a[0].shape for a in drawn[0]} == {(2, 3, 64, 64), (2, 3, 32, 128)}
+    other = steps_of(Loader(sources, 64, 4, settings, 2, 2), 1)[0][0]
+    images = [tuple(i.tobytes() for i in part) for step in drawn[0] for part in step]
+    assert len({i for part in images for i in part}) == 32
+    assert other.tobytes() not in {p.tobytes() for step in drawn[0] for p in step}
+
+
+def test_workers_end_with_the_run_and_tell_why_they_failed(
+    pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, settings = [Source("a", [pixels])], CropSettings()
+    loader = Loader(sources, 64, 0, settings, 1, workers=2)
+    processes = [w.process for w in loader.workers]
+    alive = [p.pid for p in processes]
+    loader.step()
+    with loader:
+        pass
+    assert not loader.workers
+    for pid in alive:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with Loader(sources, 64, 0, settings, 1, workers=1) as loader:
+        loader.workers[0].tasks.send(("no step", 0))
+        with pytest.raises(RuntimeError, match=r"(?s)draws crops has failed.*Traceback"):
+            for _ in range(9):
+                loader.step()
+    with Loader(sources, 64, 0, settings, 1, workers=1) as loader:
+        loader.workers[0].process.kill()
+        with pytest.raises(RuntimeError, match="has died"):
+            for _ in range(9):
+                loader.step()
+
+
+def test_workers_import_no_torch() -> None:
+    code = "import sys, tools.train.loader; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_networks_keep_the_papers_settings() -> None:

@@ -6,10 +6,11 @@ run it; it writes those that are missing (``--check`` only lists them).
 
     tests/conformance/tiny.wscm, tiny.encoder.wscm   a small frozen model, of no use for pictures
     tests/conformance/smallest.wscm                  a model with the least of everything
+    tests/conformance/lapped.wscm                    a small lapped model
     tests/conformance/decode/NAME.tile, NAME.png     must decode to these pixels, within tolerance
-    tests/conformance/decode/smallest/...            the same, of that model
+    tests/conformance/decode/smallest/..., lapped/...  the same, of those models
     tests/conformance/decode/symbols.json            ... and to exactly these symbols
-    tests/conformance/encode/NAME.json               must encode to exactly these bytes
+    tests/conformance/encode/NAME.json, lapped/...   must encode to exactly these bytes
     tests/conformance/refuse/NAME.tile, errors.json  must be refused, by these errors
     tests/conformance/refuse/NAME.wscm               models that must be refused
 
@@ -275,8 +276,13 @@ def tiny_encoder(decoder: bytes) -> bytes:
 # ------------------------------------------------------------------------------------ small model
 
 
-def smallest_graphs(correction: int = UINT8) -> dict[str, bytes]:
-    """One channel of everything. correction: the type that the chain gives."""
+Stages = tuple[tuple[int, int, int], ...]
+
+
+def smallest_graphs(
+    correction: int = UINT8, stages: Stages = ((0, 1, 0),), contexts: int = 1
+) -> dict[str, bytes]:
+    """One channel of everything but of symbols. correction: the type that the chain gives."""
     h = GraphBuilder("hyper")
     layer = np.full((4, 1, 1, 1), 3), np.array([100, 90, 80, 70]), np.zeros(4, int)
     x = h.integer_conv("z", layer, (0, 255))
@@ -284,14 +290,9 @@ def smallest_graphs(correction: int = UINT8) -> dict[str, bytes]:
     layer = np.full((4, 1, 1, 1), 7), np.array([0, 1, 2, 3]), np.full(4, 2)
     x = h.add("DepthToSpace", h.integer_conv("z", layer, (-48, 48)), blocksize=2, mode="CRD")
     h.add("Cast", x, to=INT8, output="step")
-    s = GraphBuilder("stage0")
-    layer = np.full((1, 1, 3, 3), 2), np.array([40]), np.array([4])
-    x = s.integer_conv("h", layer, (0, 255))
-    x = s.add("Concat", x, "plane", axis=1)
-    layer = np.array([1, 3]).reshape(1, 2, 1, 1), np.array([0]), np.array([3])
-    s.integer_conv(x, layer, (0, 127), cast=UINT8, output="class")
     c = GraphBuilder("chain")
-    layer = np.array([[20, 1]] * 768)[..., None, None], np.arange(768), np.full(768, -4)
+    row = [*[20] * contexts, 1]
+    layer = np.array([row] * 768)[..., None, None], np.arange(768), np.full(768, -4)
     after: np.uint8 | np.int8 = np.uint8(128) if correction == UINT8 else np.int8(0)
     x = c.quantised_conv("context", layer, (-3, np.uint8(128)), (-2, after))
     c.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
@@ -300,14 +301,27 @@ def smallest_graphs(correction: int = UINT8) -> dict[str, bytes]:
             {"z": (FLOAT, grid(1, "z_rows", "z_columns")), "plane": (FLOAT, grid(1))},
             {"h": (FLOAT, grid(1)), "step": (INT8, grid(1))},
         ),
-        "stage0": s.finish(
-            {"h": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}, {"class": (UINT8, grid(1))}
-        ),
+        **{f"stage{k}": smallest_stage(stages, contexts, k) for k in range(len(stages))},
         "chain": c.finish(
-            {"context": (UINT8, grid(2))},
+            {"context": (UINT8, grid(contexts + 1))},
             {"correction": (correction, ["batch", "rows", "columns", 768])},
         ),
     }
+
+
+def smallest_stage(stages: Stages, contexts: int, k: int) -> bytes:
+    s = GraphBuilder(f"stage{k}")
+    count, seen = stages[k][1], min(stages[k][0], contexts)
+    layer = np.full((1, 1, 3, 3), 2), np.array([40]), np.array([4])
+    x = s.integer_conv("h", layer, (0, 255))
+    x = s.add("Concat", x, "plane", *([s.add("Abs", "context")] if k else []), axis=1)
+    weight = np.array([[1, 3, *[1] * seen]] * count)[..., None, None]
+    layer = weight, np.zeros(count, int), np.full(count, 3)
+    s.integer_conv(x, layer, (0, 127), cast=UINT8, output="class")
+    inputs = {"h": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}
+    if k:
+        inputs["context"] = (FLOAT, grid(seen))
+    return s.finish(inputs, {"class": (UINT8, grid(count))})
 
 
 def smallest_decoder(correction: int = UINT8, **changed: Array) -> bytes:
@@ -395,6 +409,77 @@ def broken_models() -> dict[str, bytes]:
     }
 
 
+# ------------------------------------------------------------------------------------ lapped model
+
+
+def random_turn(seed: int = SEED + 3) -> Array:
+    """(8, 8) float32, orthogonal: neither symmetric nor the same from the other end."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 8)))
+    return np.asarray(q, np.float32)
+
+
+def relapped(file: bytes, lapped: object, lapping: Array | None) -> bytes:
+    """The model file with this key ``lapped`` and this tensor ``lapping``, or none."""
+    parsed = container.parse(file)
+    architecture = {**parsed.header["architecture"], "lapped": lapped}
+    tensors = {name: array for name, array in parsed.tensors.items() if name != "lapping"}
+    if lapping is not None:
+        tensors["lapping"] = lapping
+    return container.pack({**parsed.header, "architecture": architecture}, parsed.graphs, tensors)
+
+
+def lapped_decoder() -> bytes:
+    """Little more than the smallest model: twelve channels in two stages, and lapped."""
+    basis, deviation = cosine_basis()
+    stages, contexts, channels = ((0, 4, 0), (4, 8, 0)), 4, 12
+    smallest = container.parse(smallest_decoder())
+    architecture = {
+        **smallest.header["architecture"],
+        "stages": [list(stage) for stage in stages],
+        "context_channels": contexts,
+        "lapped": 1,
+    }
+    factor = np.round(2 ** (27 - 255 / 32) / deviation[:contexts])
+    # not the same in all rows: then it matters whether it comes before the filter
+    mean = np.linspace(-2, 2, 16).repeat(16)[:, None] + [80, 32, 68]
+    tensors = {
+        "context_factor": factor.astype(np.int32),
+        "inverse_gain": np.linspace(0.75, 1.25, channels).astype(np.float32),
+        "basis": basis[:channels].astype(np.float16),
+        "mean": mean.reshape(-1).astype(np.float32),
+        "lapping": random_turn(),
+    }
+    return container.pack(
+        {**smallest.header, "name": "lapped", "architecture": architecture},
+        smallest_graphs(stages=stages, contexts=contexts),
+        {**smallest.tensors, **tensors},
+    )
+
+
+def broken_lapped_models() -> dict[str, bytes]:
+    """The smallest model, lapped, with one fault each."""
+    smallest, good = smallest_decoder(), random_turn()
+    row_twice, nan = good.copy(), good.copy()
+    row_twice[5] = good[4]
+    nan[7, 0] = np.nan
+    # products of rows that are infinite, or no numbers, in float32
+    huge = np.full((8, 8), 3e38, np.float32)
+    huge[4:, ::2] = -3e38
+    turned = np.roll(np.eye(8), 3, axis=1)  # exact in every type
+    models: dict[str, tuple[object, Array | None]] = {
+        "model-lapped-2": (2, good),
+        "model-lapped-true": (True, good),
+        "model-lapping-missing": (1, None),
+        "model-lapping-scaled": (1, good * np.float32(1.001)),
+        "model-lapping-row-twice": (1, row_twice),
+        "model-lapping-nan": (1, nan),
+        "model-lapping-huge": (1, huge),
+        "model-lapping-flat": (1, good.reshape(64)),
+        "model-lapping-float16": (1, turned.astype(np.float16)),
+    }
+    return {name: relapped(smallest, *made) for name, made in models.items()}
+
+
 # ------------------------------------------------------------------------------------ pictures
 
 
@@ -406,14 +491,30 @@ def tissue(height: int, width: int, seed: int = 0) -> Array:
     fibres = np.sin((x * np.cos(angle) + y * np.sin(angle)) / 5 + np.sin(y / 17) * 2)
     image = np.array([226.0, 170, 205]) + fibres[..., None] * [9, 16, 8]
     for _ in range(2 + height * width // 500):
-        row, column = rng.uniform(0, height), rng.uniform(0, width)
-        a, b, turn = rng.uniform(4, 9), rng.uniform(3, 6), rng.uniform(0, np.pi)
-        u = (x - column) * np.cos(turn) + (y - row) * np.sin(turn)
-        v = (y - row) * np.cos(turn) - (x - column) * np.sin(turn)
-        inside = 1 / (1 + np.exp(np.clip(6 * ((u / a) ** 2 + (v / b) ** 2 - 1), -30, 30)))
-        image += inside[..., None] * (np.array([95, 55, 135]) - image)
+        add_nucleus(image, rng)
     image += rng.normal(0, 3, image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def glass(height: int, width: int, seed: int = 0) -> Array:
+    """(height, width, 3) uint8: next to nothing, with a few nuclei: it takes a small PNG file."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), [208.0, 160, 196])
+    for _ in range(4 + height * width // 16000):
+        add_nucleus(image, rng)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def add_nucleus(image: Array, rng: np.random.Generator) -> None:
+    """A purple ellipse somewhere in the image, (height, width, 3) of floats."""
+    height, width = image.shape[:2]
+    y, x = (axis.astype(float) for axis in np.ogrid[:height, :width])
+    row, column = rng.uniform(0, height), rng.uniform(0, width)
+    a, b, turn = rng.uniform(4, 9), rng.uniform(3, 6), rng.uniform(0, np.pi)
+    u = (x - column) * np.cos(turn) + (y - row) * np.sin(turn)
+    v = (y - row) * np.cos(turn) - (x - column) * np.sin(turn)
+    inside = 1 / (1 + np.exp(np.clip(6 * ((u / a) ** 2 + (v / b) ** 2 - 1), -30, 30)))
+    image += inside[..., None] * (np.array([95, 55, 135]) - image)
 
 
 # ------------------------------------------------------------------------------------ an encoder
@@ -540,8 +641,11 @@ def picture_symbols(image: Array, model: second.Model, seed: int) -> Choice:
     rng = np.random.default_rng(seed)
     rows, columns = -(-image.shape[0] // 16), -(-image.shape[1] // 16)
     pad = ((0, 16 * rows - image.shape[0]), (0, 16 * columns - image.shape[1]), (0, 0))
-    blocks = np.pad(image, pad, mode="edge").reshape(rows, 16, columns, 16, 3)
-    blocks = blocks.transpose(0, 2, 1, 3, 4).reshape(rows, columns, 768) - 128.0 - model.mean
+    whole = np.pad(image, pad, mode="edge") - 128.0
+    if model.lapping is not None:
+        whole = second.lap(whole, model.lapping.T.astype(np.float64))
+    blocks = whole.reshape(rows, 16, columns, 16, 3)
+    blocks = blocks.transpose(0, 2, 1, 3, 4).reshape(rows, columns, 768) - model.mean
     y = np.einsum("ijs,cs->cij", blocks, model.basis.astype(np.float64))
 
     def choose(classes: Array, cell: second.Cell | None) -> Array:
@@ -563,7 +667,8 @@ def picture_symbols(image: Array, model: second.Model, seed: int) -> Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A learned tile to write. picture: seed of ``tissue``, or None for random symbols."""
+    """A learned tile to write. picture: seed of ``tissue``, or of ``glass`` where that is set, or
+    None for random symbols."""
 
     height: int
     width: int
@@ -572,10 +677,12 @@ class Learned:
     lanes: int = 4
     picture: int | None = None
     seed: int = 0
+    glass: bool = False
 
     def steps(self, file: bytes) -> list[Symbol]:
         model = second.read_model(file)
-        image = None if self.picture is None else tissue(self.height, self.width, self.picture)
+        draw = glass if self.glass else tissue
+        image = None if self.picture is None else draw(self.height, self.width, self.picture)
         steps: list[Symbol] = []
         for top in range(0, self.height, 512):
             for left in range(0, self.width, 512):
@@ -676,9 +783,21 @@ SMALLEST = {  # of the smallest model
     "smallest/50x40-gain100": Learned(50, 40, 100, 1, 4, seed=31),
     "smallest/40x50-gain255-lanes32": Learned(40, 50, 255, 1, 32, seed=32),
 }
+LAPPED = {  # of the lapped model; no symbols far out: the filter would spread their errors
+    "lapped/1x1-gain90": Learned(1, 1, 90, 2, picture=50),
+    "lapped/16x16-gain128": Learned(16, 16, 128, 2, picture=51),
+    "lapped/17x33-gain140": Learned(17, 33, 140, 2, picture=52),
+    "lapped/33x17-gain100-stages1": Learned(33, 17, 100, 1, picture=53),
+    "lapped/16x88-gain120-lanes1": Learned(16, 88, 120, 2, 1, picture=54),
+    "lapped/88x16-gain120-lanes32": Learned(88, 16, 120, 2, 32, picture=55),
+    "lapped/40x72-gain60-lanes2": Learned(40, 72, 60, 2, 2, picture=56),
+    "lapped/40x72-gain255": Learned(40, 72, 255, 2, picture=56),
+    "lapped/256x256-gain150-lanes8": Learned(256, 256, 150, 2, 8, picture=57, glass=True),
+    "lapped/600x530-gain150-stages1": Learned(600, 530, 150, 1, picture=65, glass=True),
+}
 
 
-def decode_vectors(file: bytes, smallest: bytes) -> dict[str, bytes]:
+def decode_vectors(file: bytes, smallest: bytes, lapped: bytes) -> dict[str, bytes]:
     tiles = {
         "constant-1x1": tile(0, 1, 1, bytes([1, 2, 3])),
         "constant-64x48": tile(0, 48, 64, bytes([243, 238, 245])),  # the document's example
@@ -690,6 +809,8 @@ def decode_vectors(file: bytes, smallest: bytes) -> dict[str, bytes]:
         tiles[name] = learned.tile(file)
     for name, learned in SMALLEST.items():
         tiles[name] = learned.tile(smallest)
+    for name, learned in LAPPED.items():
+        tiles[name] = learned.tile(lapped)
     return tiles
 
 
@@ -756,24 +877,45 @@ def encode_vectors(file: bytes) -> dict[str, Any]:
     # every transition of the states: a lane walks them all
     coder("coder-walk-lanes1", 1, (rng.integers(-6, 7, 150).tolist(), [20] * 150, True))
 
-    def packed(name: str, data: bytes, payload: bytes, learned: Learned | None = None) -> None:
-        height, width = struct.unpack("<HH", data[6:10])
-        fields: dict[str, Any] = {"mode": data[5], "height": height, "width": width}
-        if learned is not None:
-            fields["learned"] = {
-                "model": data[18:22].hex(),
-                "gain": learned.gain,
-                "stages": learned.stages,
-                "lanes_log2": learned.lanes.bit_length() - 1,
-            }
-        vectors[name] = {"kind": "tile", **fields, "payload": payload.hex(), "tile": data.hex()}
-
-    packed("tile-constant", tile(0, 48, 64, bytes([243, 238, 245])), bytes([243, 238, 245]))
+    colour = bytes([243, 238, 245])
+    vectors["tile-constant"] = tile_vector(tile(0, 48, 64, colour), colour)
     payload = bytes(range(40))
     learned = Learned(4096, 1, 255, 15, 32)
-    packed("tile-learned", learned.tile(file, payload), payload, learned)
-    packed("tile-jpeg", tile(3, 1, 4096, payload), payload)
+    vectors["tile-learned"] = tile_vector(learned.tile(file, payload), payload, learned)
+    vectors["tile-jpeg"] = tile_vector(tile(3, 1, 4096, payload), payload)
     return vectors
+
+
+def tile_vector(data: bytes, payload: bytes, learned: Learned | None = None) -> dict[str, Any]:
+    height, width = struct.unpack("<HH", data[6:10])
+    fields: dict[str, Any] = {"mode": data[5], "height": height, "width": width}
+    if learned is not None:
+        fields["learned"] = {
+            "model": data[18:22].hex(),
+            "gain": learned.gain,
+            "stages": learned.stages,
+            "lanes_log2": learned.lanes.bit_length() - 1,
+        }
+    return {"kind": "tile", **fields, "payload": payload.hex(), "tile": data.hex()}
+
+
+def lapped_encode_vectors(file: bytes) -> dict[str, Any]:
+    """All symbols of a lapped model's tile to its payload, and that to the tile: lapped or not,
+    blocks are coded alike."""
+    learned = LAPPED["lapped/40x72-gain60-lanes2"]
+    data = learned.tile(file)
+    (cell,) = second.decode(data, [file]).cells
+    classes = np.broadcast_to(second.read_model(file).z_classes[learned.gain], cell.z.shape[::-1])
+    arrays = [{"dependent": False, "classes": classes.T, "symbols": cell.z}]
+    for c, k, n in zip(cell.classes, cell.indices, cell.levels, strict=True):
+        arrays.append({"dependent": True, "classes": c, "indices": k, "levels": n})
+    entries = [
+        {key: v.reshape(-1).tolist() if key != "dependent" else v for key, v in array.items()}
+        for array in arrays
+    ]
+    payload = data[24:]
+    coder = {"kind": "coder", "lanes": learned.lanes, "arrays": entries, "payload": payload.hex()}
+    return {"lapped/coder": coder, "lapped/tile": tile_vector(data, payload, learned)}
 
 
 def bare(model: second.Model, base: Learned, values: list[int], classes: list[int]) -> list[Symbol]:
@@ -947,24 +1089,27 @@ def all_files() -> dict[Path, bytes]:
     encoder = path.read_bytes() if path.exists() else tiny_encoder(file)
     path = FOLDER / "smallest.wscm"
     smallest = path.read_bytes() if path.exists() else smallest_decoder()
+    path = FOLDER / "lapped.wscm"
+    lapped = path.read_bytes() if path.exists() else lapped_decoder()
     files = {
         FOLDER / "tiny.wscm": file,
         FOLDER / "tiny.encoder.wscm": encoder,
         FOLDER / "smallest.wscm": smallest,
+        FOLDER / "lapped.wscm": lapped,
     }
     symbols = {}
-    for name, data in decode_vectors(file, smallest).items():
-        decoded = second.decode(data, [file, smallest])
+    for name, data in decode_vectors(file, smallest, lapped).items():
+        decoded = second.decode(data, [file, smallest, lapped])
         files[FOLDER / "decode" / f"{name}.tile"] = data
         files[FOLDER / "decode" / f"{name}.png"] = imagecodecs.png_encode(decoded.pixels)
         if decoded.mode == "learned":
             symbols[name] = symbols_digest(decoded.cells)
-    for name, vector in encode_vectors(file).items():
+    for name, vector in (encode_vectors(file) | lapped_encode_vectors(lapped)).items():
         files[FOLDER / "encode" / f"{name}.json"] = (json.dumps(vector) + "\n").encode()
     refused = refuse_vectors(file)
     for name, (_, data) in refused.items():
         files[FOLDER / "refuse" / f"{name}.tile"] = data
-    for name, data in broken_models().items():
+    for name, data in (broken_models() | broken_lapped_models()).items():
         files[FOLDER / "refuse" / f"{name}.wscm"] = data
     for path, entries in (
         (FOLDER / "decode" / "symbols.json", symbols),

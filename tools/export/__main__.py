@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tools.export.fit import count_symbols, fitted_hyper_classes
+from tools.export.fit import count_symbols, fitted_hyper_classes, typical_qualities
 from tools.export.model import (
     decoder_file,
     encoder_file,
@@ -28,6 +28,7 @@ from wsicodec.codec.network import decode_tile, encode_tile
 from wsicodec.models.decoder import load_decoder
 from wsicodec.models.encoder import load_encoder
 
+TYPICAL_CROPS = 40
 LAST_STAGE_GAIN = 130
 """Training codes the last group above this gain; below, its latents are all but always zero."""
 
@@ -66,15 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         z_classes = fitted_hyper_classes(squares, z_classes)
     decoder_bytes = decoder_file(net, header, tables, z_classes)
     encoder_bytes = encoder_file(
-        net,
-        header,
-        decoder_bytes,
-        qualities,
-        LAST_STAGE_GAIN,
-        arguments.strength,
+        net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
         arguments.lagrange,
-    )
+    )  # fmt: skip
     decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
+    if arguments.crops:
+        typical = typical_qualities(sampler, decoder, encoder, min(arguments.crops, TYPICAL_CROPS))
+        encoder_bytes = encoder_file(
+            net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
+            arguments.lagrange, typical,
+        )  # fmt: skip
+        encoder = load_encoder(encoder_bytes)
 
     image = sampler.one()
     for gain in (40, 90, 180):

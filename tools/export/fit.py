@@ -9,8 +9,10 @@ import numpy as np
 from tools.train.images import Sampler
 from tools.train.tables import TABLE_CLASSES, count_indices
 from wsicodec.codec.cell import CellShape
-from wsicodec.codec.network import LANES_LOG2, Search, quantise_cell
+from wsicodec.codec.network import LANES_LOG2, Search, TileEncoder, quantise_cell
+from wsicodec.codec.rate import ssim_decibels
 from wsicodec.entropy.trellis import split_levels
+from wsicodec.metrics import psnr, ssim
 from wsicodec.models.decoder import DecoderModel
 from wsicodec.models.encoder import EncoderModel
 
@@ -52,6 +54,21 @@ def count_symbols(
             k, quantiser = split_levels(levels, classes, 1 << LANES_LOG2)
             counts += count_indices(k, quantiser, classes)
     return counts, squares
+
+
+def typical_qualities(
+    sampler: Sampler, decoder: DecoderModel, encoder: EncoderModel, crops: int, points: int = 18
+) -> Array:
+    """(2, points): median decibels, of PSNR and of SSIM, at evenly spaced gains 0 ... 255."""
+    gains = np.linspace(0, 255, points).round().astype(int)
+    found = np.zeros((2, points, crops))
+    for i in range(crops):
+        image = sampler.one()
+        tile = TileEncoder(image, decoder, encoder)
+        for j, gain in enumerate(gains):
+            pixels = tile.encode(int(gain)).pixels
+            found[:, j, i] = min(psnr(image, pixels), 70.0), ssim_decibels(ssim(image, pixels))
+    return np.maximum.accumulate(np.median(found, axis=2), axis=1)
 
 
 def fitted_hyper_classes(squares: Array, fallback: Array) -> Array:

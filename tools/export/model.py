@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tools.export import graphs
+from tools.train.lapping import odd_part
 from tools.train.network import TileNetwork
 from tools.train.settings import NetworkSettings
 from tools.train.shipped import raster_order
@@ -49,6 +50,7 @@ def decoder_file(
     mean_factor = np.round(deviation[:means] * gain[:means] * 2**8)
     context_factor = np.round(2 ** (27 - 255 / 32) / (gain[:contexts] * deviation[:contexts]))
     kmac = net.kmac_per_pixel()
+    lapping = {"lapping": odd_part(net.border).T.float().numpy()} if n.lapped else {}
     head = {
         "kind": "decoder",
         "architecture": {
@@ -58,6 +60,7 @@ def decoder_file(
             "context_channels": contexts,
             "z_channels": n.z_channels,
             "hyper": n.hyper,
+            **({"lapped": 1} if n.lapped else {}),
         },
         "kmac_per_pixel": round(sum(kmac.values()), 2),
         **header,
@@ -77,6 +80,7 @@ def decoder_file(
             "inverse_gain": (1 / gain).astype(np.float32),
             "basis": net.inverse.numpy().T[:, order].astype(np.float16),
             "mean": net.mean.numpy()[order].astype(np.float32),
+            **lapping,
         },
     )
 
@@ -89,8 +93,12 @@ def encoder_file(
     last_stage_gain: int,
     step_strength: float,
     lagrange: float,
+    typical: Array | None = None,
 ) -> bytes:
-    """The encoder model's bytes, bound to a decoder by its digest."""
+    """The encoder model's bytes, bound to a decoder by its digest.
+
+    typical: (2, points) decibels (PSNR, SSIM) at evenly spaced gains, where known.
+    """
     n = net.settings
     basis, inverse = net.basis.double().numpy(), net.inverse.double().numpy()
     # basis = inverse' (I x M'M), sample order (colour, row, column)
@@ -122,11 +130,17 @@ def encoder_file(
             "colour_gram": gram.astype(np.float32),
             "quality_gain": quality_gain.astype(np.uint8),
             "stage_gain": stage_gain,
+            **({} if typical is None else {"typical": typical.astype(np.float32)}),
         },
     )
 
 
 def quality_gains(diagnostic: int, low: int = 2, high: int = 236, default: int = 70) -> Array:
-    """(100,) gains that never decrease, ``diagnostic`` at the default quality."""
+    """(100,) gains that never decrease, ``diagnostic`` at the default quality.
+
+    Every second gain alone: a single step of a 32nd octave can be lost in what the search of
+    symbols finds by luck, and size or PSNR fall by a trifle where quality rises.
+    """
     quality = np.arange(1, 101)
-    return np.round(np.interp(quality, [1, default, 100], [low, diagnostic, high])).astype(int)
+    gains = np.interp(quality, [1, default, 100], [low, diagnostic, high])
+    return diagnostic + 2 * np.round((gains - diagnostic) / 2).astype(int)

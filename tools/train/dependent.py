@@ -47,31 +47,34 @@ class DependentSearch:
 
         classes: whole numbers, 0 where nothing is coded.
         """
-        values = r.detach().float().clamp(-1e5, 1e5).cpu().contiguous().numpy()
+        # a value that is not a number would lead the search out of its tables
+        values = torch.nan_to_num(r.detach().float()).clamp(-1e5, 1e5).cpu().contiguous().numpy()
         kinds = classes.detach().to(torch.uint8).cpu().contiguous().numpy()
         n, c = values.shape[:2]
         worth = np.full(c, self.lagrange, np.float32)
         tables = self.tables
+        levels, quantisers = np.empty_like(values), np.empty_like(values)
 
-        def one(i: int) -> tuple[Any, Any]:
+        def one(i: int) -> Any:
             kind = kinds[i].reshape(c, -1)
-            levels = search_levels(values[i].reshape(c, -1), kind, worth, tables, LANES)
-            return levels, split_levels(levels, kind, LANES)
+            found = search_levels(values[i].reshape(c, -1), kind, worth, tables, LANES)
+            indices, quantiser = split_levels(found, kind, LANES)
+            levels[i] = found.reshape(levels[i].shape)
+            quantisers[i] = quantiser.reshape(levels[i].shape)
+            return count_indices(indices, quantiser, kind)
 
         threads = min(n, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(one, range(n)))
+                counts = list(pool.map(one, range(n)))
         else:
-            found = [one(i) for i in range(n)]
-        levels = np.stack([f[0] for f in found]).reshape(values.shape)
-        quantisers = np.stack([f[1][1] for f in found]).reshape(values.shape)
-        self._learn(np.stack([f[1][0] for f in found]).reshape(values.shape), quantisers, kinds)
-        turn = lambda a: torch.from_numpy(a).to(r.device, torch.float32)  # noqa: E731
+            counts = [one(i) for i in range(n)]
+        self._learn(sum(counts))
+        turn = lambda a: torch.from_numpy(a).to(r.device)  # noqa: E731
         return turn(levels), turn(quantisers)
 
-    def _learn(self, indices: Any, quantisers: Any, classes: Any) -> None:
-        self.counts += count_indices(indices, quantisers, classes)
+    def _learn(self, counts: Any) -> None:
+        self.counts += counts
         self.calls += 1
         if self.calls % self.refresh == 0:
             self.tables = fitted_tables(self.counts)

@@ -1,9 +1,9 @@
 """The tile codec's network: KLT-started linear transform, integer entropy model, int8 chain.
 
-    x -> g_a -> y --gain(E)--> v -> search(v - mu) -> q       E = clip(G + 4 z_0, 0, 255)
+    lap(x) -> g_a -> y --gain(E)--> v -> search(v - mu) -> q       E = clip(G + 4 z_0, 0, 255)
                y -> h_a -> z -> h_s -> h                       z_0: adaptive step, from x
     stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(stages) - 1
-    x_hat    = linear(y_hat) + step(E) * chain(context(y_hat), E)
+    x_hat    = unlap(linear(y_hat) + step(E) * chain(context(y_hat), E))
 
 Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
 Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from tools.train.dependent import DependentSearch, dependent_bits
 from tools.train.integer import IntegerConv, floor_at, straight_through
+from tools.train.lapping import SIDE as LAPPED_SIDE
+from tools.train.lapping import lap
+from tools.train.precision import arithmetic, exact
 from tools.train.settings import NetworkSettings
 from tools.train.tables import SCALE_CLASSES, SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
 
@@ -131,6 +134,7 @@ class Stage(nn.Module):
             )
             nn.init.zeros_(self.mean.weight)
 
+    @exact
     def forward(self, h: Tensor, plane: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale class (float integers) and mean (KLT standard deviations; 0 where none)."""
         parts = [h]
@@ -161,6 +165,7 @@ class TileNetwork(nn.Module):
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
         n = self.settings = settings
+        self.float_type = torch.float32  # of analysis and h_a, which decide no probability
         side, channels, pixels = n.block, n.latent_channels, 3 * n.block**2
         self.features = nn.Conv2d(3, n.analysis, side, stride=side)
         self.analysis = nn.Sequential(
@@ -208,13 +213,26 @@ class TileNetwork(nn.Module):
         self.register_buffer("basis", torch.zeros(channels, pixels))
         self.register_buffer("inverse", torch.zeros(pixels, channels))
         self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("border", torch.eye(LAPPED_SIDE))
+        for module in self.modules():
+            if isinstance(module, IntegerConv):
+                module.exact = n.integer
 
     @torch.no_grad()
-    def start_from_klt(self, basis: np.ndarray, variance: np.ndarray, mean: np.ndarray) -> None:
+    def start_from_klt(
+        self,
+        basis: np.ndarray,
+        variance: np.ndarray,
+        mean: np.ndarray,
+        border: np.ndarray | None = None,
+    ) -> None:
         """Set the linear paths to the KLT of weighted colours (tools.train.klt).
 
         basis: (components, 3*S*S), rows orthonormal in the weighted space, RGB weights folded in.
+        border: filter across block borders (tools.train.lapping); None: plain blocks.
         """
+        if border is not None:
+            self.border.copy_(torch.from_numpy(border))
         n = self.settings
         c = n.latent_channels
         self.basis.copy_(torch.from_numpy(basis[:c]))
@@ -243,9 +261,11 @@ class TileNetwork(nn.Module):
         k = n.analysis_channels
         plane = (gain / 32).view(-1, 1, 1, 1).expand(-1, 1, *linear.shape[-2:])
         d = self.deviation[:k].view(1, -1, 1, 1)
-        f = torch.cat([linear[:, :k] / (d + 4), self.features(x / 64), plane], 1)
+        with arithmetic(x.device, self.float_type):
+            f = torch.cat([linear[:, :k] / (d + 4), self.features(x / 64), plane], 1)
+            correction = self.analysis_out(self.analysis(f)).float()
         step = 1 / gain_of(gain).view(-1, 1, 1, 1)
-        head = linear[:, :k] + 0.5 * step * self.analysis_out(self.analysis(f))
+        head = linear[:, :k] + 0.5 * step * correction
         return torch.cat([head, linear[:, k:]], 1)
 
     def hyper_input(self, y: Tensor, plane: Tensor) -> Tensor:
@@ -258,6 +278,7 @@ class TileNetwork(nn.Module):
         log = self.z_log_scale.view(shape) + g * self.z_log_slope.view(shape)
         return torch.exp(log.clamp(-1.9, 4.0))
 
+    @exact
     def forward(
         self, x: Tensor, gain: Tensor, strength: Tensor, stages: int | None = None
     ) -> tuple[Tensor, Rates]:
@@ -270,10 +291,11 @@ class TileNetwork(nn.Module):
         """
         n = self.settings
         stages = len(n.stages) if stages is None else stages
-        y = self.analyse(x, gain)
+        y = self.analyse(lap(x, self.border) if n.lapped else x, gain)
         lh, lw = y.shape[-2:]
         constant = (gain / 32).view(-1, 1, 1, 1)
-        z = self.h_a(self.hyper_input(y, constant.expand(-1, 1, lh, lw))) * 4
+        with arithmetic(x.device, self.float_type):
+            z = self.h_a(self.hyper_input(y, constant.expand(-1, 1, lh, lw))).float() * 4
         z_hat = straight_through(torch.round(z).clamp(-127, 127), z)
         z_noisy = z + torch.rand_like(z) - 0.5 if self.training else z_hat
         z_0 = adaptive_steps(x, strength)
@@ -326,7 +348,10 @@ class TileNetwork(nn.Module):
         correction = self.chain_out(self.chain(torch.cat([*contexts.values(), chain_plane], 1)))
         pixels = pixels + correction / g
         area = x.shape[-1] * x.shape[-2]
-        return F.pixel_shuffle(pixels, n.block), Rates(bits / area, hyper_bits / area)
+        x_hat = F.pixel_shuffle(pixels, n.block)
+        if n.lapped:
+            x_hat = lap(x_hat, self.border.T)
+        return x_hat, Rates(bits / area, hyper_bits / area)
 
     def kmac_per_pixel(self, stages: int | None = None) -> dict[str, float]:
         """Multiply-accumulates per pixel in thousands, by part of the decoder."""

@@ -11,6 +11,9 @@ class NetworkSettings:
     """Shape of the codec network. Channel counts are latents unless said otherwise.
 
     block: side of the KLT block in pixels; one latent position covers ``block x block`` pixels.
+    integer: False trains entropy networks and chain in real numbers, which cannot be exported: to
+        measure what integers cost.
+    lapped: blocks overlap by eight pixels on every side (tools.train.lapping).
     stages: (first channel, channels, lattice) in coding order, channels in KLT order. Lattices:
         0 all positions, 1 even rows and columns, 2 odd rows and columns, 3 the rest.
     mean_stages: stages below this index predict a mean, the others a scale alone.
@@ -23,6 +26,8 @@ class NetworkSettings:
     """
 
     block: int = 16
+    lapped: bool = True
+    integer: bool = True
     stages: tuple[tuple[int, int, int], ...] = (
         (0, 16, 1),
         (0, 16, 2),
@@ -33,16 +38,15 @@ class NetworkSettings:
         (64, 128, 1),
         (64, 128, 2),
         (64, 128, 3),
-        (192, 256, 0),
-        (448, 320, 0),
+        (192, 576, 0),
     )
     mean_stages: int = 6
     context_channels: int = 192
-    z_channels: int = 32
+    z_channels: int = 8
     hyper: int = 64
-    context: int = 96
+    context: int = 64
     middle: int = 128
-    chain: int = 160
+    chain: int = 128
     chain_kernels: tuple[int, ...] = (1, 3)
     analysis: int = 128
     analysis_layers: int = 2
@@ -67,7 +71,8 @@ class NetworkSettings:
             raise ValueError(f"unknown network settings: {sorted(unknown)}")
         stages = tuple((int(a), int(b), int(c)) for a, b, c in values["stages"])
         kernels = tuple(int(k) for k in values["chain_kernels"])
-        return cls(**{**values, "stages": stages, "chain_kernels": kernels})
+        lapped = bool(values.get("lapped", False))
+        return cls(**{**values, "stages": stages, "chain_kernels": kernels, "lapped": lapped})
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class TrainSettings:
     decay_from: float = 0.5
     lagrange: float = 5.0
     ssim_weight: float = 5.0
-    strength: tuple[float, float] = (0.2, 1.0)
-    chroma_weight: float = 0.6
+    strength: tuple[float, float] = (0.0, 1.0)
+    chroma_weight: float = 0.75
     low_share: float = 0.85
     low_gain: tuple[int, int] = (8, 128)
     high_gain: tuple[int, int] = (120, 240)

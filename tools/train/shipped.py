@@ -15,6 +15,7 @@ import torch
 from onnx import load_model_from_string, numpy_helper
 
 from tools.train.integer import IntegerConv
+from tools.train.lapping import border_filter
 from tools.train.network import SCALE_LOG2_OF_CLASS_1, TileNetwork
 from tools.train.settings import NetworkSettings
 from tools.train.tables import SCALE_STEPS_PER_OCTAVE
@@ -134,6 +135,8 @@ def state_of_model(decoder: bytes, encoder: bytes) -> dict[str, Any]:
     net.inverse.copy_(torch.from_numpy(inverse.T))
     net.basis.copy_(torch.from_numpy(forward[:, back]))
     net.mean.copy_(torch.from_numpy(d.tensors["mean"][back]))
+    if n.lapped:
+        net.border.copy_(border_filter(torch.from_numpy(d.tensors["lapping"].T.astype(float))))
     shape = (1, n.analysis_channels, 1, 1)
     scale = next(c for c in analysis.constants.values() if c.shape == shape)
     known = 1 / scale.reshape(-1).astype(float) - 4

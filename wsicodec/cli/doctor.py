@@ -142,7 +142,7 @@ def check_numba_cache() -> Check:
     fix = "export NUMBA_CACHE_DIR=~/.cache/numba"
     from wsicodec.entropy import kernel
 
-    path = kernel._decode.stats.cache_path  # type: ignore[attr-defined]
+    path = kernel.decode_symbols.stats.cache_path  # type: ignore[attr-defined]
     if path is None:
         return Check(name, False, "no folder to keep compiled code in: each start compiles", fix)
     try:

@@ -6,7 +6,7 @@ itself. ``decode`` and ``probe`` tell them apart by their first bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,8 @@ from wsicodec.settings import thread_budget
 
 DEFAULT_MODEL = "he-fast"
 DEFAULT_QUALITY = 70
+PRESETS = {"preview": 40, "diagnostic": DEFAULT_QUALITY, "archive": 90}
+"""Qualities by their use."""
 CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
 
 Buffer = bytes | bytearray | memoryview
@@ -59,24 +61,40 @@ def encode(
     *,
     codec: str = "learned",
     model: str = DEFAULT_MODEL,
-    quality: int = DEFAULT_QUALITY,
+    quality: int | None = None,
+    preset: str | None = None,
     lossless: bool = False,
     **codec_options: Any,
 ) -> bytes:
     """Code an image as one tile.
 
     image: uint8 (rows, columns, 3) RGB, sides 1 ... 4096, any strides.
-    quality: 1 ... 100; the default keeps a mean luma SSIM of at least 0.95 on tissue.
+    quality: 1 ... 100, by default that of the preset ``diagnostic``, which keeps a mean luma SSIM
+    of at least 0.95 on tissue. preset: a quality by its use, one of ``PRESETS``.
     lossless: exact pixels; learned tiles then carry a lossless payload.
-    codec_options: of the codec, e.g. ``subsampling="444"`` for jpeg, ``effort=7`` for jpegxl.
+    codec_options: of the codec, e.g. ``subsampling="444"`` for jpeg, ``effort=7`` for jpegxl,
+    ``target_ssim=0.97`` for learned, which then takes no quality.
 
     Raises UnsupportedError, LimitError, SettingsError, UnknownModelError.
     """
     pixels = check_image(image)
-    level = check_quality(quality)
+    level = _level(quality, preset, codec_options)
     if codec == "learned":
         codec_options["model"] = model
     return codec_named(codec).encode(pixels, quality=level, lossless=lossless, **codec_options)
+
+
+def _level(quality: int | None, preset: str | None, options: Mapping[str, Any]) -> int:
+    """The quality that is asked for, by whatever name."""
+    targets = [n for n in ("target_psnr", "target_ssim") if options.get(n) is not None]
+    given = [n for n, v in (("quality", quality), ("preset", preset)) if v is not None] + targets
+    if len(given) > 1:
+        raise SettingsError(f"{' and '.join(given)} exclude each other")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise SettingsError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    return DEFAULT_QUALITY if quality is None else check_quality(quality)
 
 
 def decode(data: Buffer, *, out: Image | None = None, device: str = "auto") -> Image:

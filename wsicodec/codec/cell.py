@@ -7,6 +7,7 @@ drift apart. docs/format.md, "Learned payload", gives the arithmetic.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wsicodec.codec.lapping import line_weights
+from wsicodec.codec.pixels import paint, panels_of
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.compiled import compiled
+from wsicodec.entropy.kernel import BAD_ESCAPE, Decoder, check_status, decode_symbols
 from wsicodec.entropy.tables import SYMBOL_PEAK
-from wsicodec.entropy.trellis import search_levels
+from wsicodec.entropy.trellis import PACKED, search_levels
 from wsicodec.errors import FormatError
-from wsicodec.models.decoder import STEP_PEAK, Z_PEAK, DecoderModel
+from wsicodec.models.decoder import Z_PEAK, Architecture, DecoderModel
+from wsicodec.models.fused import run_stage
 from wsicodec.models.lattice import lattice_positions
+from wsicodec.models.networks import Cells, FusedCells
 
 CELL = 512
 BLOCK = 16
@@ -55,17 +61,17 @@ STEPS = steps_of_gains()
 @compiled
 def _dequantise(
     levels, means, where, gains, octave, mean_factor, context_factor, inverse_gain, steps,
-    y, context
+    y, context, magnitudes, places, base
 ):  # fmt: skip
     """Levels (channels, positions of the lattice) of one stage to latents ``y`` (channels,
-    positions) and to context integers and their magnitudes (2, channels, positions; 128 is zero),
-    on the positions ``where``.
+    positions) and to context integers, 128 added, and their magnitudes, ``base`` added (channels,
+    places of positions), on the positions ``where``.
 
     Integers: v = 8 level + mean, in sixteenths of a step. Returns False for a level out of range.
     """
     channels, used = levels.shape
     with_mean = means.shape[0] > 0
-    with_context = context.shape[1] > 0
+    with_context = context.shape[0] > 0
     # what depends on the position alone
     size = np.empty(used, np.float32)
     mean_octave = np.empty(used, np.int64)
@@ -78,26 +84,39 @@ def _dequantise(
         mean_octave[i] = octave[e & 31] << (e >> 5)  # then all shifts are by 31
         context_octave[i] = octave[r & 31]
         context_shift[i] = 35 - (r >> 5)
+    # loops without branches or scattered stores, which compilers turn into vectors
+    sixteenths = np.empty(used, np.int64)
+    integers = np.empty(used, np.int64)
     for c in range(channels):
-        scale = inverse_gain[c]
+        row = levels[c]
+        some = np.int64(0)
         for i in range(used):
-            p = where[i]
-            v = np.int64(levels[c, i])
-            if v > LEVEL_PEAK or v < -LEVEL_PEAK:
-                return False
-            v *= 8
-            if with_mean:
-                m = np.int64(means[c, i]) * mean_factor[c] * mean_octave[i]
-                v += (m + (np.int64(1) << 30)) >> 31
-            if v == 0:
-                continue
-            y[c, p] = np.float32(v) * scale * size[i]
-            if with_context:
+            v = np.int64(row[i])
+            some = max(some, abs(v))
+            sixteenths[i] = 8 * v
+        if some > LEVEL_PEAK:
+            return False
+        if with_mean:
+            mean, factor = means[c], mean_factor[c]
+            for i in range(used):
+                m = np.int64(mean[i]) * (factor * mean_octave[i])
+                sixteenths[i] += (m + (np.int64(1) << 30)) >> 31
+        elif some == 0:
+            continue
+        scale, target = inverse_gain[c], y[c]
+        for i in range(used):
+            target[where[i]] = np.float32(sixteenths[i]) * scale * size[i]
+        if with_context:
+            factor = context_factor[c]
+            for i in range(used):
                 shift = context_shift[i]
-                k = v * context_factor[c] * context_octave[i] + (np.int64(1) << (shift - 1))
-                k = min(max(k >> shift, -127), 127)
-                context[0, c, p] = np.uint8(k + 128)
-                context[1, c, p] = np.uint8(abs(k) + 128)
+                half = np.int64(1) << (shift - 1)
+                k = (sixteenths[i] * (factor * context_octave[i]) + half) >> shift
+                integers[i] = min(max(k, -127), 127)
+            for i in range(used):
+                p = places[where[i]]
+                context[c, p] = np.uint8(integers[i] + 128)
+                magnitudes[c, p] = np.uint8(abs(integers[i]) + base)
     return True
 
 
@@ -125,57 +144,6 @@ def _residuals(
             residuals[c, i] = min(max(v, np.float32(-INDEX_PEAK)), np.float32(INDEX_PEAK))
 
 
-@compiled
-def _accumulate(y, basis, linear):
-    """Add ``y`` (channels, positions), mostly zeros, times ``basis`` (channels, 768) to
-    ``linear`` (positions, 768)."""
-    channels, positions = y.shape
-    samples = basis.shape[1]
-    # position by position, four rows at once: a block of samples stays in the nearest cache
-    count = np.zeros(positions, np.int64)
-    rows = np.zeros((positions, channels + 3), np.uint16)
-    values = np.zeros((positions, channels + 3), np.float32)
-    for c in range(channels):
-        for p in range(positions):
-            n = count[p]
-            rows[p, n] = c
-            values[p, n] = y[c, p]
-            count[p] = n + (y[c, p] != 0)
-    for p in range(positions):
-        n = count[p]
-        values[p, n : n + 3] = np.float32(0)
-        target = linear[p]
-        for i in range(0, n, 4):
-            v0, v1, v2, v3 = values[p, i], values[p, i + 1], values[p, i + 2], values[p, i + 3]
-            r0, r1 = basis[rows[p, i]], basis[rows[p, i + 1]]
-            r2, r3 = basis[rows[p, i + 2]], basis[rows[p, i + 3]]
-            for k in range(samples):
-                target[k] += (v0 * r0[k] + v1 * r1[k]) + (v2 * r2[k] + v3 * r3[k])
-
-
-@compiled
-def _assemble(linear, correction, gains, steps, columns, out):
-    """Pixels: round(linear + (correction - 128) * step / 64), clipped to 0 ... 255.
-
-    linear: (positions, 768) float32, correction: (positions, 768) uint8, 128 is zero; samples in
-    (row, column, colour) order. out: (height, width * 3) uint8, to which blocks are cropped.
-    """
-    height, width = out.shape
-    for i in range((height + 15) // 16):
-        rows = min(16, height - 16 * i)
-        for j in range(columns):
-            used = min(48, width - 48 * j)
-            p = i * columns + j
-            scale = steps[gains[p]] * np.float32(1 / 64)
-            for a in range(rows):
-                target = out[16 * i + a, 48 * j : 48 * j + used]
-                base = linear[p, 48 * a : 48 * a + used]
-                change = correction[p, 48 * a : 48 * a + used]
-                for n in range(used):
-                    x = base[n] + (np.float32(change[n]) - np.float32(128)) * scale
-                    target[n] = np.uint8(np.rint(min(max(x, np.float32(0)), np.float32(255))))
-
-
 @dataclass(frozen=True, eq=False)
 class CellShape:
     """Extent of a cell: pixels, latent grid and hyper-latent grid."""
@@ -197,15 +165,16 @@ class CellShape:
 class CellLatents:
     """What a coded cell holds once all symbols are known.
 
-    y: (coded channels, positions) float32. context: (context channels + 1, rows, columns) uint8,
-    what the chain takes. gains: (positions,) uint8 effective gain indices.
+    y: (coded channels, positions) float32. gains: (positions,) uint8 effective gain indices.
+    cells, index: the networks of the batch that it is one of.
     """
 
     shape: CellShape
     stages: int
     y: npt.NDArray[np.float32]
-    context: npt.NDArray[np.uint8]
     gains: npt.NDArray[np.uint8]
+    cells: Cells
+    index: int
 
 
 Classes = npt.NDArray[np.uint8]
@@ -217,7 +186,6 @@ StageSource = Callable[[int, Classes, Array, Array], Levels]
 """(stage, classes, means, gains) to levels, arrays (channels, positions of the stage's lattice),
 gains (positions,) of the whole grid."""
 
-_NO_MEANS = np.zeros((0, 0), np.int16)
 _NO_FACTOR = np.zeros(0, np.int64)
 
 
@@ -242,49 +210,145 @@ def code_cells(
     if stages > len(a.stages):
         raise FormatError(f"tile has {stages} stages, its model {len(a.stages)}")
     rows, columns = shape.latents
-    z_rows, z_columns = shape.hyper
     positions, count = rows * columns, len(jobs)
-    z = np.empty((count, a.z_channels, z_rows, z_columns), np.float32)
-    plane = np.empty((count, 1, 2 * z_rows, 2 * z_columns), np.uint8)
+    z = np.empty((count, a.z_channels, *shape.hyper), np.int32)
     for n, job in enumerate(jobs):
         z_classes = np.empty(z.shape[1:], np.uint8)
         z_classes[...] = model.z_classes[job.gain][:, None, None]
         z[n] = job.hyper_source(z_classes)
-        plane[n] = job.gain
     if np.abs(z).max() > Z_PEAK:
         raise FormatError("a hyper-latent is beyond its range")
-    h, step = model.hyper({"z": z, "plane": plane})
-    h = np.ascontiguousarray(h[:, :, :rows, :columns])
-    delta = step[:, :, :rows, :columns].astype(np.int16)
-    assert np.abs(delta).max() <= STEP_PEAK  # proved when the model was loaded
-    plane = np.clip(plane[:, :, :rows, :columns] + delta, 0, 255).astype(np.uint8)
-    gains = plane.reshape(count, positions)
+    cells = model.cells(count, rows, columns)
+    gains = cells.hyper(z, [job.gain for job in jobs])
     y = np.zeros((count, a.channels_of(stages), positions), np.float32)
-    # context integers and their magnitudes, 128 more; below them the gain plane for the chain
-    context = np.full((2, count, a.context_channels + 1, positions), 128, np.uint8)
-    context[0, :, -1] = np.maximum(gains, 1)
-    grid = context.reshape(2, count, -1, rows, columns)
+    ports = [cells.port(n) for n in range(count)]
     for k, stage in enumerate(a.stages[:stages]):
-        inputs = {"h": h, "plane": plane}
-        if k:
-            inputs["context"], inputs["magnitude"] = grid[:, :, : a.seen(k)]
-        outputs = model.stages[k](inputs)
         where = lattice_positions(stage.lattice, rows, columns)
-        with_means, with_context = k < a.mean_stages, stage.first < a.context_channels
-        for n, job in enumerate(jobs):
-            classes, means = outputs[0][n], outputs[1][n] if with_means else _NO_MEANS
-            levels = job.stage_source(k, classes, means, gains[n])
+        channels = stage.channels
+        seen = channels if stage.first < a.context_channels else slice(0)
+        mean_factor = model.mean_factor[channels] if k < a.mean_stages else _NO_FACTOR
+        for n, (classes, means) in enumerate(cells.stage(k)):
+            levels = jobs[n].stage_source(k, classes, means, gains[n])
+            port = ports[n]
             fine = _dequantise(
-                levels, means, where, gains[n], OCTAVE_TABLE,
-                model.mean_factor[stage.channels] if with_means else _NO_FACTOR,
-                model.context_factor[stage.channels],
-                model.inverse_gain[stage.channels],
-                STEPS, y[n, stage.channels],
-                context[:, n, stage.channels] if with_context else context[:, n, :0],
+                levels, means, where, gains[n], OCTAVE_TABLE, mean_factor,
+                model.context_factor[channels], model.inverse_gain[channels], STEPS,
+                y[n, channels], port.values[seen], port.magnitudes[seen], port.places, port.base,
             )  # fmt: skip
             if not fine:
                 raise FormatError("a symbol is beyond the format's range")
-    return [CellLatents(shape, stages, y[n], grid[0, n], gains[n]) for n in range(count)]
+    return [CellLatents(shape, stages, y[n], gains[n], cells, n) for n in range(count)]
+
+
+@compiled
+def _read_stages(
+    arena, wide, plan_stages, operations, segments, positions, weights, biases, scales,
+    layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, steps, y, places,
+    context_at, context_stride, magnitude_at, magnitude_stride,
+    words, cursor, states, first, entries, offsets, radii, class_table, class_raw, packed,
+):  # fmt: skip
+    """All stages of a cell, from the stream to latents ``y`` and contexts. Returns a status.
+
+    layout: (stages, 5) first channel, channels, whether there are means, channels of context, and
+    where the stage's lattice ends in ``lattices``; one more row in front for where it begins.
+    """
+    stages = layout.shape[0] - 1
+    size = arena.shape[0]
+    context = arena[context_at : size - (size - context_at) % context_stride]
+    context = context.reshape(-1, context_stride).T
+    magnitudes = arena[magnitude_at : size - (size - magnitude_at) % magnitude_stride]
+    magnitudes = magnitudes.reshape(-1, magnitude_stride).T
+    none = np.empty((0, 0), np.int16)
+    for k in range(stages):
+        begin, count = layout[k + 1, 0], layout[k + 1, 1]
+        end, seen = begin + count, layout[k + 1, 3]
+        where = lattices[layout[k, 4] : layout[k + 1, 4]]
+        classes = np.empty((count, len(where)), np.uint8)
+        means = np.empty((count, len(where)), np.int16) if layout[k + 1, 2] else none
+        run_stage(
+            arena, wide, plan_stages[k], operations, segments, positions, weights, biases, scales,
+            classes, means,
+        )  # fmt: skip
+        levels = np.empty(classes.shape, np.int32)
+        status = decode_symbols(
+            classes.reshape(-1), levels.reshape(-1), words, cursor, states, first, entries, offsets,
+            radii, class_table, class_raw, packed,
+        )  # fmt: skip
+        if status != 0:
+            return status
+        fine = _dequantise(
+            levels, means, where, gains, octave, mean_factor[begin:end], context_factor[begin:end],
+            inverse_gain[begin:end], steps, y[begin:end], context[begin : begin + seen],
+            magnitudes[begin : begin + seen], places, 0,
+        )  # fmt: skip
+        if not fine:
+            return BAD_ESCAPE
+    return 0
+
+
+def read_cells(
+    model: DecoderModel,
+    streams: Sequence[Decoder],
+    gains: Sequence[int],
+    stages: int,
+    shape: CellShape,
+) -> list[CellLatents]:
+    """Cells of one shape from their streams, networks in one call for all."""
+
+    def classes_alone(stream: Decoder) -> StageSource:
+        return lambda _k, classes, _means, _gains: stream.get(classes, dependent=True)
+
+    jobs = [
+        CellJob(gain, stream.get, classes_alone(stream))
+        for gain, stream in zip(gains, streams, strict=True)
+    ]
+    return code_cells(model, jobs, stages, shape)
+
+
+def read_cell(
+    model: DecoderModel, stream: Decoder, gain: int, stages: int, shape: CellShape
+) -> CellLatents:
+    """A cell from its stream in one compiled call, on machines that run networks so.
+
+    Threads meet at the interpreter a few times per tile, not per stage.
+    """
+    assert model.fused is not None
+    a = model.architecture
+    if stages > len(a.stages):
+        raise FormatError(f"tile has {stages} stages, its model {len(a.stages)}")
+    rows, columns = shape.latents
+    z_classes = np.empty((a.z_channels, *shape.hyper), np.uint8)
+    z_classes[...] = model.z_classes[gain][:, None, None]
+    z = stream.get(z_classes)
+    if np.abs(z).max() > Z_PEAK:
+        raise FormatError("a hyper-latent is beyond its range")
+    cells = FusedCells(model.fused, 1, rows, columns)
+    gains = cells.hyper(z[None], [gain])[0]
+    y = np.zeros((a.channels_of(stages), rows * columns), np.float32)
+    layout, lattices = _layout(a, rows, columns)
+    plan, arena = cells.plan, cells.arenas[0]
+    context, magnitude = plan.slots["context"], plan.slots["magnitude"]
+    status = _read_stages(
+        arena, arena.view(np.int16), plan.stages, *plan.tables, layout[: stages + 1], lattices,
+        gains, OCTAVE_TABLE, model.mean_factor, model.context_factor, model.inverse_gain, STEPS,
+        y, plan.inside, context.offset, context.stride, magnitude.offset, magnitude.stride,
+        *stream.arguments(), np.uint64(PACKED),
+    )  # fmt: skip
+    check_status(status)
+    return CellLatents(shape, stages, y, gains, cells, 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(a: Architecture, rows: int, columns: int) -> tuple[Array, Array]:
+    """What ``_read_stages`` needs to know of the stages, and their lattices' positions."""
+    table, positions = [(0, 0, 0, 0, 0)], []
+    end = 0
+    for k, stage in enumerate(a.stages):
+        positions.append(lattice_positions(stage.lattice, rows, columns))
+        end += len(positions[-1])
+        seen = stage.count if stage.first < a.context_channels else 0
+        table.append((stage.first, stage.count, int(k < a.mean_stages), seen, end))
+    return np.array(table, np.int64), np.concatenate(positions)
 
 
 def quantise_stage(
@@ -314,35 +378,33 @@ def quantise_stage(
     return search_levels(residuals, classes, lagrange, model.tables, lanes)
 
 
-def inverse_transform(model: DecoderModel, cell: CellLatents) -> npt.NDArray[np.float32]:
-    """(positions, 768) samples plus 128, before the correction.
-
-    Channels without means are mostly zero: adding the rows of the others alone takes less time
-    than a full product, until about a fifth of them are set.
-    """
-    a = model.architecture
-    first = min(len(cell.y), a.channels_of(max(1, a.mean_stages)))
-    sparse = cell.y[first:]
-    if np.count_nonzero(sparse) > SPARSE_SHARE * sparse.size:
-        return model.linear(len(cell.y))({"y": cell.y})[0]
-    linear = model.linear(first)({"y": cell.y[:first]})[0]
-    _accumulate(sparse, model.basis[first : first + len(sparse)], linear)
-    return linear
+@functools.lru_cache(maxsize=4)
+def _painting(model: DecoderModel) -> tuple[Array, Array, Array]:
+    """What ``paint`` reads of a model: panels of the basis, mean of blocks, weights of lapping."""
+    level = model.mean + np.float32(128)
+    return panels_of(model.basis), level, line_weights(model.lapping)
 
 
 def synthesise(model: DecoderModel, cells: Sequence[CellLatents], outs: Sequence[Image]) -> None:
     """Pixels of cells of one shape into ``outs``, (height, width, 3) each."""
-    columns = cells[0].shape.latents[1]
-    corrections = model.chain({"context": np.stack([cell.context for cell in cells])})[0]
-    for cell, correction, out in zip(cells, corrections, outs, strict=True):
-        linear = inverse_transform(model, cell)
-        block = correction.reshape(-1, SAMPLES)
-        if out.flags.c_contiguous:
-            _assemble(linear, block, cell.gains, STEPS, columns, out.reshape(len(out), -1))
-        else:  # a cell within a larger tile
-            whole = np.empty((cell.shape.height, 3 * cell.shape.width), np.uint8)
-            _assemble(linear, block, cell.gains, STEPS, columns, whole)
-            out[...] = whole.reshape(out.shape)
+    a = model.architecture
+    corrections = cells[0].cells.corrections()
+    panels, level, weights = _painting(model)
+    for cell, out in zip(cells, outs, strict=True):
+        # channels without means are mostly zero: few of them are added one by one
+        dense = min(len(cell.y), a.channels_of(max(1, a.mean_stages)))
+        if np.count_nonzero(cell.y[dense:]) > SPARSE_SHARE * cell.y[dense:].size:
+            dense = len(cell.y)
+        # cells within a larger tile are not contiguous
+        whole = out.flags.c_contiguous
+        target = out if whole else np.empty((cell.shape.height, cell.shape.width, 3), np.uint8)
+        paint(
+            cell.y, dense, model.basis, panels, level, corrections[cell.index], cell.gains,
+            STEPS, cell.shape.latents[1], bool(a.lapped), model.lapping, weights,
+            target.reshape(len(target), -1),
+        )  # fmt: skip
+        if not whole:
+            out[...] = target
 
 
 def cells_of(height: int, width: int) -> list[tuple[int, int, CellShape]]:

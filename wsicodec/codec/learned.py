@@ -5,6 +5,8 @@ Only tiles of mode ``learned`` load the compiled kernels and networks; the rest 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -31,21 +33,15 @@ class LearnedCodec:
     name = "learned"
 
     def encode(self, image: Image, *, quality: int, lossless: bool, **options: Any) -> bytes:
-        """A tile of mode constant, lossless or learned.
+        """A tile of the mode that suits the image: constant, learned, or another codec's stream.
 
         Options: ``model``, a name or digest; ``tune``, "ssim" (finer steps where the eye and SSIM
-        are sensitive) or "psnr" (uniform steps).
+        are sensitive) or "psnr" (uniform steps); ``target_psnr`` (dB) or ``target_ssim`` in place
+        of quality, reached with at most three encodes where the finest quality reaches it;
+        ``modes``, "auto" (other modes for content that is not tissue, where they are smaller) or
+        "learned" (no other mode but constant).
         """
-        model = options.pop("model", "he-fast")
-        tune = options.pop("tune", "ssim")
-        if options:
-            raise SettingsError(
-                f"learned codec has no option {sorted(options)[0]!r}; known: model, tune"
-            )
-        if tune not in ("ssim", "psnr"):
-            raise SettingsError(f"tune must be 'ssim' or 'psnr', not {tune!r}")
-        if not isinstance(model, str):
-            raise SettingsError(f"model must be a name or digest, not {model!r}")
+        settings = LearnedSettings.of(options)
         with compute_slot():
             if is_constant(image):
                 return encode_constant(image).pack()
@@ -54,13 +50,7 @@ class LearnedCodec:
 
                 data = REFERENCE_CODECS["lossless"].encode(image, quality=100, lossless=True)
                 return Tile(Mode.LOSSLESS, image.shape[0], image.shape[1], data).pack()
-            from wsicodec.codec.network import Search, encode_tile
-
-            decoder, encoder = encoder_of(find_model(model))
-            gain = int(encoder.quality_gain[quality - 1])
-            strength = 0.0 if tune == "psnr" else encoder.step_strength
-            search = Search(strength, encoder.lagrange)
-            return encode_tile(image, decoder, encoder, gain, search).pack()
+            return _encode(image, quality, settings)
 
     def decode(self, data: bytes) -> Image:
         tile = bitstream.parse(data)
@@ -95,6 +85,80 @@ class LearnedCodec:
             quality=_quality_of(prefix, tile.learned.gain),
             gain=tile.learned.gain,
         )
+
+
+@dataclass(frozen=True)
+class LearnedSettings:
+    """Options of the learned codec, checked."""
+
+    model: str = "he-fast"
+    tune: str = "ssim"
+    target_psnr: float | None = None
+    target_ssim: float | None = None
+    modes: str = "auto"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LearnedSettings:
+        """Settings from keyword options, or SettingsError."""
+        names = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise SettingsError(
+                    f"learned codec has no option {name!r}; known: {', '.join(sorted(names))}"
+                )
+        s = cls(**options)
+        if s.tune not in ("ssim", "psnr"):
+            raise SettingsError(f"tune must be 'ssim' or 'psnr', not {s.tune!r}")
+        if s.modes not in ("auto", "learned"):
+            raise SettingsError(f"modes must be 'auto' or 'learned', not {s.modes!r}")
+        if not isinstance(s.model, str):
+            raise SettingsError(f"model must be a name or digest, not {s.model!r}")
+        if s.target_psnr is not None and s.target_ssim is not None:
+            raise SettingsError("target_psnr and target_ssim exclude each other")
+        for name, value, low, high in (
+            ("target_psnr", s.target_psnr, 10, 60),
+            ("target_ssim", s.target_ssim, 0.1, 0.99999),
+        ):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise SettingsError(f"{name} must be a number, not {value!r}")
+            if not low <= value <= high:
+                raise SettingsError(f"{name} must be within {low} ... {high}, not {value}")
+        return s
+
+
+def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
+    from wsicodec.codec.fallback import Candidate, better_mode, measured, suspicions
+    from wsicodec.codec.network import CodedTile, Search, TileEncoder
+    from wsicodec.codec.rate import Trial, reach, ssim_decibels
+    from wsicodec.metrics import psnr, ssim
+
+    decoder, encoder = encoder_of(find_model(settings.model))
+    strength = 0.0 if settings.tune == "psnr" else encoder.step_strength
+    search = Search(strength, encoder.lagrange)
+    tile = TileEncoder(image, decoder, encoder)
+    target = settings.target_psnr
+    if settings.target_ssim is not None:
+        target = ssim_decibels(settings.target_ssim)
+    if target is None:
+        coded = tile.encode(int(encoder.quality_gain[quality - 1]), search)
+    else:
+
+        def trial(gain: int) -> tuple[float, CodedTile]:
+            coded = tile.encode(gain, search)
+            if settings.target_psnr is not None:
+                return psnr(image, coded.pixels), coded
+            return ssim_decibels(ssim(image, coded.pixels)), coded
+
+        typical = encoder.typical_psnr if settings.target_psnr is not None else encoder.typical_ssim
+        found: Trial[CodedTile] = reach(target, trial, typical, int(encoder.quality_gain[-1]))
+        coded = found.coded
+    reasons = [] if settings.modes == "learned" else suspicions(image)
+    if not reasons:
+        return coded.data
+    best: Candidate = better_mode(image, measured(coded.tile, coded.pixels, image), reasons)
+    return best.tile.pack()
 
 
 def decode_alike(streams: list[bytes], outs: list[Image] | None) -> list[Image]:

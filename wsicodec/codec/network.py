@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,21 +12,23 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import LearnedHeader, Mode, Tile
 from wsicodec.codec.adaptive import adaptive_steps
+from wsicodec.codec.analysis import analyse, blocks_of, transform
 from wsicodec.codec.cell import (
-    BLOCK,
     STEPS,
     CellJob,
+    CellLatents,
     CellShape,
-    StageSource,
     cells_of,
     code_cells,
     quantise_stage,
+    read_cell,
+    read_cells,
     synthesise,
 )
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.kernel import Decoder, Encoder
 from wsicodec.errors import UnknownModelError
-from wsicodec.models.decoder import DecoderModel
+from wsicodec.models.decoder import Z_PEAK, DecoderModel
 from wsicodec.models.encoder import EncoderModel
 from wsicodec.models.lattice import lattice_positions
 
@@ -42,11 +45,20 @@ class Search:
     strength: of the adaptive step, 0 (best PSNR) ... 1.
     lagrange: bits that a squared error of one step is worth; infinite: nearest levels.
     chroma: what an error of colour alone is worth against one of luma, 0 ... 1.
+    analysis: share of the analysis network's correction that is applied; 0 leaves it out.
+    hyper: let the network choose hyper-latents; all but the adaptive step are zero otherwise.
+    passes: passes over the symbols. All but the first know what correction the decoder's chain
+    makes of the symbols of the pass before, and aim at what it leaves to be coded.
+    aim: share of the chain's correction that they count on.
     """
 
     strength: float
     lagrange: float
     chroma: float = 1.0
+    analysis: float = 1.0
+    hyper: bool = True
+    passes: int = 1
+    aim: float = 1.0
 
     def worth(self, luma_share: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Lagrange multiplier of each channel, given the luma share of its basis image."""
@@ -64,7 +76,8 @@ def decode_tile(tile: Tile, model: DecoderModel) -> Image:
 def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Image]) -> None:
     """Pixels of learned tiles of one size and number of stages into ``outs``.
 
-    Networks run once for all tiles. Raises as soon as one tile is at fault.
+    onnxruntime runs networks once for all tiles; compiled programs go tile by tile, since what they
+    work on then stays in the caches. Raises as soon as one tile is at fault.
     """
     streams, headers = [], []
     for tile in tiles:
@@ -76,21 +89,17 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
             )
         headers.append(header)
         streams.append(Decoder(tile.payload, model.tables, 1 << header.lanes_log2))
-    jobs = [
-        CellJob(header.gain, stream.get, _classes_alone(stream))
-        for header, stream in zip(headers, streams, strict=True)
-    ]
     for top, left, shape in cells_of(tiles[0].height, tiles[0].width):
-        cells = code_cells(model, jobs, headers[0].stages, shape)
         views = [o[top : top + shape.height, left : left + shape.width] for o in outs]
-        synthesise(model, cells, views)
+        if model.fused is None:
+            cells = read_cells(model, streams, [h.gain for h in headers], headers[0].stages, shape)
+            synthesise(model, cells, views)
+            continue
+        for stream, header, view in zip(streams, headers, views, strict=True):
+            cell = read_cell(model, stream, header.gain, header.stages, shape)
+            synthesise(model, [cell], [view])
     for stream in streams:
         stream.finish()
-
-
-def _classes_alone(stream: Decoder) -> StageSource:
-    """Decoders need of a stage its classes alone."""
-    return lambda _k, classes, _means, _gains: stream.get(classes, dependent=True)
 
 
 def encode_tile(
@@ -101,25 +110,168 @@ def encode_tile(
     search: Search | None = None,
 ) -> Tile:
     """A learned tile of an image at a gain index; ``search`` None takes the encoder's own."""
-    height, width = image.shape[:2]
-    search = Search(encoder.step_strength, encoder.lagrange) if search is None else search
-    limit = max(1, int((encoder.stage_gain <= gain).sum()))
-    coded: list[list[Coded]] = []
-    for top, left, shape in cells_of(height, width):
-        pixels = image[top : top + shape.height, left : left + shape.width]
-        coded.append(quantise_cell(pixels, shape, model, encoder, gain, limit, search))
-    # trailing stages without means and without symbols decode to nothing: leave them out
-    stages = limit
-    while stages > max(1, model.architecture.mean_stages) and not any(
-        c[stages][0].any() for c in coded
-    ):
-        stages -= 1
-    stream = Encoder(model.tables, 1 << LANES_LOG2)
-    for cell in coded:
-        for k, (values, classes) in enumerate(cell[: stages + 1]):
-            stream.put(values, classes, dependent=k > 0)
-    header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
-    return Tile(Mode.LEARNED, height, width, stream.finish(), header)
+    return TileEncoder(image, model, encoder).encode(gain, search).tile
+
+
+@dataclass(frozen=True, eq=False)
+class CodedCell:
+    """Symbols of a cell, hyper-latents and then one entry per stage, and what they decode to."""
+
+    symbols: list[Coded]
+    latents: CellLatents
+
+    def cut(self, stages: int, channels: int) -> CodedCell:
+        """Without the stages from ``stages`` on, whose symbols are all zero."""
+        latents = replace(self.latents, stages=stages, y=self.latents.y[:channels])
+        return CodedCell(self.symbols[: stages + 1], latents)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedTile:
+    """A coded tile, and what its decoder makes of it."""
+
+    tile: Tile
+    gain: int
+    search: Search
+    cells: list[CodedCell]
+    model: DecoderModel
+
+    @functools.cached_property
+    def pixels(self) -> Image:
+        """Exactly what ``decode_tile`` gives, without reading the stream again."""
+        out = np.empty((self.tile.height, self.tile.width, 3), np.uint8)
+        places = cells_of(self.tile.height, self.tile.width)
+        for (top, left, shape), cell in zip(places, self.cells, strict=True):
+            view = out[top : top + shape.height, left : left + shape.width]
+            synthesise(self.model, [cell.latents], [view])
+        return out
+
+    @functools.cached_property
+    def data(self) -> bytes:
+        """The tile's bytes."""
+        return self.tile.pack()
+
+
+class TileEncoder:
+    """Codes one image, at as many gain indices as are asked for.
+
+    What does not depend on the gain is computed once.
+    """
+
+    def __init__(self, image: Image, model: DecoderModel, encoder: EncoderModel) -> None:
+        self.image, self.model, self.encoder = image, model, encoder
+        height, width = image.shape[:2]
+        self._cells = [
+            CellEncoder(
+                image[top : top + shape.height, left : left + shape.width], shape, model, encoder
+            )
+            for top, left, shape in cells_of(height, width)
+        ]
+
+    def encode(self, gain: int, search: Search | None = None) -> CodedTile:
+        """The tile at a gain index; ``search`` None takes the encoder's own."""
+        model, encoder = self.model, self.encoder
+        if search is None:
+            search = Search(encoder.step_strength, encoder.lagrange)
+        limit = max(1, int((encoder.stage_gain <= gain).sum()))
+        cells = [cell.encode(gain, limit, search) for cell in self._cells]
+        # trailing stages without means and without symbols decode to nothing: leave them out
+        stages = limit
+        while stages > max(1, model.architecture.mean_stages) and not any(
+            cell.symbols[stages][0].any() for cell in cells
+        ):
+            stages -= 1
+        channels = model.architecture.channels_of(stages)
+        cells = [cell.cut(stages, channels) for cell in cells]
+        stream = Encoder(model.tables, 1 << LANES_LOG2)
+        for cell in cells:
+            for k, (values, classes) in enumerate(cell.symbols):
+                stream.put(values, classes, dependent=k > 0)
+        header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
+        height, width = self.image.shape[:2]
+        tile = Tile(Mode.LEARNED, height, width, stream.finish(), header)
+        return CodedTile(tile, gain, search, cells, model)
+
+
+class CellEncoder:
+    """Codes one cell: pixels to symbols."""
+
+    def __init__(
+        self, pixels: Image, shape: CellShape, model: DecoderModel, encoder: EncoderModel
+    ) -> None:
+        self.pixels, self.shape, self.model, self.encoder = pixels, shape, model, encoder
+        self.blocks = blocks_of(pixels, shape, model)
+
+    def encode(self, gain: int, stages: int, search: Search) -> CodedCell:
+        """The cell's symbols at a gain index, ``stages`` stages of them."""
+        model, a = self.model, self.model.architecture
+        channels = max(a.channels_of(stages), a.context_channels)
+        y = analyse(
+            self.blocks, self.shape, model, self.encoder, gain, channels, share=search.analysis
+        )
+        z = self._hyper(y, gain, search)
+        cell = self._code(y, z, gain, stages, search)
+        for _ in range(1, search.passes):
+            target = y - np.float32(search.aim) * self._corrected(cell.latents, channels)
+            cell = self._code(target, z, gain, stages, search)
+        return cell
+
+    def _hyper(
+        self, y: npt.NDArray[np.float32], gain: int, search: Search
+    ) -> npt.NDArray[np.int32]:
+        """Hyper-latents: the adaptive step, then what the network makes of the latents."""
+        a = self.model.architecture
+        rows, columns = self.shape.latents
+        z_rows, z_columns = self.shape.hyper
+        z = np.zeros((a.z_channels, z_rows, z_columns), np.int32)
+        z[0] = adaptive_steps(self.pixels, search.strength)
+        if search.hyper:
+            head = y[: a.context_channels].reshape(-1, rows, columns)
+            if (rows, columns) != (2 * z_rows, 2 * z_columns):
+                pad = ((0, 0), (0, 2 * z_rows - rows), (0, 2 * z_columns - columns))
+                head = np.pad(head, pad, mode="edge")
+            plane = np.full((1, 1, *head.shape[1:]), gain, np.float32)
+            others = self.encoder.hyper_analysis({"y": head[None], "plane": plane})[0][0]
+            z[1:] = np.clip(np.rint(others), -Z_PEAK, Z_PEAK)
+        return z
+
+    def _corrected(self, cell: CellLatents, channels: int) -> npt.NDArray[np.float32]:
+        """The chain's correction of a coded cell as latents (channels, positions)."""
+        correction = cell.cells.corrections()[cell.index]
+        change = (correction.astype(np.float32) - 128) * (STEPS / np.float32(64))[cell.gains, None]
+        return transform(change.T, self.shape, self.model, self.encoder, channels)
+
+    def _code(
+        self,
+        y: npt.NDArray[np.float32],
+        z: npt.NDArray[np.int32],
+        gain: int,
+        stages: int,
+        search: Search,
+    ) -> CodedCell:
+        """The symbols of given latents and hyper-latents."""
+        model, a = self.model, self.model.architecture
+        worth = search.worth(self.encoder.luma_share(model))
+        symbols: list[Coded] = []
+
+        def hyper_source(classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+            symbols.append((z, classes))
+            return z
+
+        def stage_source(
+            k: int, classes: npt.NDArray[np.uint8], means: Any, gains: Any
+        ) -> npt.NDArray[np.int32]:
+            channels = a.stages[k].channels
+            where = lattice_positions(a.stages[k].lattice, *self.shape.latents)
+            levels = quantise_stage(
+                model, k, y[channels], where, classes, means, gains, worth[channels],
+                1 << LANES_LOG2,
+            )  # fmt: skip
+            symbols.append((levels, classes))
+            return levels
+
+        job = CellJob(gain, hyper_source, stage_source)
+        return CodedCell(symbols, code_cells(model, [job], stages, self.shape)[0])
 
 
 def quantise_cell(
@@ -132,63 +284,4 @@ def quantise_cell(
     search: Search,
 ) -> list[Coded]:
     """Values and classes of a cell in coding order: hyper-latents, then one entry per stage."""
-    a = model.architecture
-    rows, columns = shape.latents
-    worth = search.worth(encoder.luma_share(model))
-    y = analyse(pixels, shape, model, encoder, gain)
-    coded: list[Coded] = []
-    z_rows, z_columns = shape.hyper
-    head = y[: a.context_channels].reshape(-1, rows, columns)
-    pad = ((0, 0), (0, 2 * z_rows - rows), (0, 2 * z_columns - columns))
-    head = np.pad(head, pad, mode="edge")[None]
-    plane = np.full((1, 1, *head.shape[2:]), gain, np.float32)
-    z = encoder.hyper_analysis({"y": head, "plane": plane})[0][0]
-    steps = adaptive_steps(whole_blocks(pixels, 2 * BLOCK).astype(np.float32), search.strength)
-    z_hat = np.concatenate([steps[None], np.clip(np.rint(z), -127, 127).astype(np.int32)])
-
-    def hyper_source(classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-        coded.append((z_hat, classes))
-        return z_hat
-
-    def stage_source(
-        k: int, classes: npt.NDArray[np.uint8], means: Any, gains: Any
-    ) -> npt.NDArray[np.int32]:
-        channels = a.stages[k].channels
-        where = lattice_positions(a.stages[k].lattice, rows, columns)
-        levels = quantise_stage(
-            model, k, y[channels], where, classes, means, gains, worth[channels], 1 << LANES_LOG2
-        )
-        coded.append((levels, classes))
-        return levels
-
-    code_cells(model, [CellJob(gain, hyper_source, stage_source)], stages, shape)
-    return coded
-
-
-def whole_blocks(pixels: Image, side: int) -> Image:
-    """Pixels padded to multiples of ``side`` by repeating the last row and column."""
-    pad = ((0, -pixels.shape[0] % side), (0, -pixels.shape[1] % side), (0, 0))
-    return np.pad(pixels, pad, mode="edge")
-
-
-def analyse(
-    pixels: Image, shape: CellShape, model: DecoderModel, encoder: EncoderModel, gain: int
-) -> npt.NDArray[np.float32]:
-    """Latents (channels, positions) of a cell's pixels, edges replicated to whole blocks."""
-    rows, columns = shape.latents
-    blocks = (
-        whole_blocks(pixels, BLOCK).reshape(rows, BLOCK, columns, BLOCK, 3).transpose(0, 2, 1, 3, 4)
-    )
-    flat = blocks.reshape(rows * columns, -1).astype(np.float32) - 128
-    linear = encoder.forward_transform(model)({"y": flat})[0]
-    y = np.ascontiguousarray(linear.T)
-    plane = np.full((1, 1, rows, columns), gain, np.float32)
-    correction = encoder.analysis(
-        {
-            "blocks": np.ascontiguousarray(flat.T).reshape(1, -1, rows, columns),
-            "linear": y[: encoder.corrected].reshape(1, -1, rows, columns),
-            "plane": plane,
-        }
-    )[0]
-    y[: encoder.corrected] += STEPS[gain] * correction.reshape(encoder.corrected, -1)
-    return y
+    return CellEncoder(pixels, shape, model, encoder).encode(gain, stages, search).symbols

@@ -1,8 +1,9 @@
 """Whole slides: ``convert`` one, ``verify`` a result, ``export`` it for everyone else's readers."""
 
+from wsicodec.codec import PRESETS
 from wsicodec.convert.export import export
 from wsicodec.convert.pipeline import ConvertProgress, ConvertReport, convert
-from wsicodec.convert.plan import PRESETS, ConvertPlan, ConvertSettings, make_plan
+from wsicodec.convert.plan import ConvertPlan, ConvertSettings, make_plan
 from wsicodec.convert.verify import VerifyReport, verify
 
 __all__ = [

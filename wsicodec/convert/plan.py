@@ -17,7 +17,6 @@ from wsicodec.settings import MAX_THREADS, thread_budget
 from wsicodec.slide.ometiff import LAYOUTS, MAX_LEVELS, compression_tag
 from wsicodec.slide.reader import DEFAULT_CACHE_BYTES, SlideInfo
 
-PRESETS = {"preview": 40, "diagnostic": DEFAULT_QUALITY, "archive": 90}
 """Names for qualities. ``diagnostic`` keeps a mean SSIM of 0.95 on tissue."""
 
 MEASURES = ("none", "sample", "all")

@@ -16,9 +16,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SOURCES = (
     "entropy/compiled.py",
     "entropy/kernel.py",
+    "entropy/simd.py",
     "entropy/tables.py",
     "entropy/trellis.py",
+    "codec/adaptive.py",
+    "codec/analysis.py",
     "codec/cell.py",
+    "codec/lapping.py",
+    "codec/pixels.py",
+    "models/fused.py",
+    "models/networks.py",
+    "models/vnni.py",
 )
 
 

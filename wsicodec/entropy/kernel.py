@@ -22,6 +22,10 @@ from wsicodec.entropy.tables import (
 from wsicodec.entropy.trellis import PACKED, split_levels
 from wsicodec.errors import FormatError, TruncatedError
 
+_Array = npt.NDArray[np.generic]
+Arguments = tuple[_Array, _Array, _Array, _Array, _Array, _Array, _Array, _Array, _Array]
+"""Words, cursor, states; first, entries, offsets, radii, class_table, class_raw of tables."""
+
 OK, TRUNCATED, BAD_ESCAPE, BAD_SYMBOL = 0, 1, 2, 3
 LOW = 1 << 16
 _MASK = TOTAL - 1
@@ -84,7 +88,7 @@ def _escaped(x, words, position, end, radius, escape, level, raw):
 
 
 @compiled
-def _decode(
+def decode_symbols(
     classes, out, words, cursor, states, first, entries, offsets, radii, class_table, class_raw,
     packed,
 ):  # fmt: skip
@@ -292,6 +296,14 @@ class Encoder:
         return states.astype("<u4").tobytes() + words[first:].astype("<u2").tobytes()
 
 
+def check_status(status: int) -> None:
+    """Raise what ``decode_symbols`` found, if anything."""
+    if status == TRUNCATED:
+        raise TruncatedError("entropy-coded data ends early")
+    if status != OK:
+        raise FormatError("an escape is beyond the format's range")
+
+
 class Decoder:
     """Reads symbols in the order in which they were coded, array by array."""
 
@@ -317,19 +329,21 @@ class Decoder:
         dependent: they are dependent symbols; their levels are returned.
         """
         out = np.empty(classes.shape, np.int32)
-        t = self.tables
         if classes.size >= 2**32:
             raise ValueError("too many symbols at once")
-        status = _decode(
-            classes.reshape(-1), out.reshape(-1), self.words, self.cursor, self.states,
-            t.first, t.entries, t.offsets, t.radii, t.class_table, t.class_raw,
-            np.uint64(PACKED if dependent else 0),
-        )  # fmt: skip
-        if status == TRUNCATED:
-            raise TruncatedError("entropy-coded data ends early")
-        if status == BAD_ESCAPE:
-            raise FormatError("an escape is beyond the format's range")
+        packed = np.uint64(PACKED if dependent else 0)
+        check_status(
+            decode_symbols(classes.reshape(-1), out.reshape(-1), *self.arguments(), packed)
+        )
         return out
+
+    def arguments(self) -> Arguments:
+        """What ``decode_symbols`` takes of a stream and its tables."""
+        t = self.tables
+        return (
+            self.words, self.cursor, self.states,
+            t.first, t.entries, t.offsets, t.radii, t.class_table, t.class_raw,
+        )  # fmt: skip
 
     def finish(self) -> None:
         """Check that everything was read and every lane is back at its start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy.typing as npt
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.errors import ModelError
 from wsicodec.models import container
+from wsicodec.models.fused import FusedModel
 from wsicodec.models.lattice import PHASES
+from wsicodec.models.networks import Cells, FusedCells, GraphCells, GraphSet, fused_model
 from wsicodec.models.proof import (
     INT8,
     INT16,
@@ -28,6 +31,7 @@ CONTEXT_PEAK = 127
 MEAN_PEAK = 1023
 STEP_PEAK = 48
 GAINS = 256
+LAPPING_TOLERANCE = 1e-4
 MAX_MEAN_FACTOR = 2**21
 MAX_CONTEXT_FACTOR = 2**21
 
@@ -60,10 +64,13 @@ class Architecture:
     context_channels: int
     z_channels: int
     hyper: int
+    lapped: int = 0
 
     def __post_init__(self) -> None:
         if self.block != 16:
             raise ModelError(f"block of {self.block} pixels; this version decodes blocks of 16")
+        if self.lapped not in (0, 1):
+            raise ModelError("lapped must be 0 or 1")
         if not 1 <= len(self.stages) <= MAX_STAGES:
             raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
         if not 0 <= self.mean_stages <= len(self.stages):
@@ -110,10 +117,11 @@ class Architecture:
     def from_header(cls, header: dict[str, Any]) -> Architecture:
         values = header.get("architecture")
         names = ("block", "mean_stages", "context_channels", "z_channels", "hyper")
-        if not isinstance(values, dict) or set(values) != {*names, "stages"}:
+        if not isinstance(values, dict) or set(values) - {"lapped"} != {*names, "stages"}:
             raise ModelError("model header has no proper architecture")
+        values = {"lapped": 0, **values}
         stages = values["stages"]
-        if not all(_is_int(values[n]) for n in names) or not isinstance(stages, list):
+        if not all(_is_int(values[n]) for n in (*names, "lapped")) or not isinstance(stages, list):
             raise ModelError("model architecture is not made of integers")
         if len(stages) > MAX_STAGES:
             raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
@@ -124,7 +132,7 @@ class Architecture:
             if stage[2] >= len(PHASES):
                 raise ModelError(f"lattice {stage[2]} is not defined")
             parsed.append(Stage(*stage))
-        return cls(stages=tuple(parsed), **{n: values[n] for n in names})
+        return cls(stages=tuple(parsed), **{n: values[n] for n in (*names, "lapped")})
 
 
 def _is_int(value: object) -> bool:
@@ -134,7 +142,8 @@ def _is_int(value: object) -> bool:
 class DecoderModel:
     """Everything that turns symbols into pixels. Immutable; safe to share between threads."""
 
-    def __init__(self, file: container.ModelFile) -> None:
+    def __init__(self, file: container.ModelFile, *, fused: bool = True) -> None:
+        """fused: run the networks as compiled programs where this machine can."""
         if file.header.get("kind") != KIND:
             raise ModelError(f"model file is of kind {file.header.get('kind')!r}, not {KIND!r}")
         name = file.header.get("name")
@@ -154,6 +163,9 @@ class DecoderModel:
         self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
         self.basis = file.tensor("basis", "float16", (a.channels, pixels)).astype(np.float32)
         self.mean = file.tensor("mean", "float32", (pixels,))
+        self.lapping = (
+            file.tensor("lapping", "float32", (8, 8)) if a.lapped else np.eye(8, dtype=np.float32)
+        )
         if self.z_classes.min() < 1 or self.z_classes.max() > 127:
             raise ModelError("a class of hyper-latents is not within 1 ... 127")
         for factor, top in (
@@ -162,17 +174,52 @@ class DecoderModel:
         ):
             if factor.size and (factor.min() < 1 or factor.max() >= top):
                 raise ModelError("an integer factor is out of range")
-        for floats in (self.inverse_gain, self.basis, self.mean):
+        for floats in (self.inverse_gain, self.basis, self.mean, self.lapping):
             if not np.isfinite(floats).all():
                 raise ModelError("a model tensor is not finite")
+        turn = self.lapping.astype(np.float64)
+        if not np.abs(turn @ turn.T - np.eye(8)).max() <= LAPPING_TOLERANCE:
+            raise ModelError("the lapping matrix is not orthogonal")
         self._graphs = file.graphs
         self._prove(file)
-        self.hyper = IntegerRunner(file.graph("hyper"))
-        self.stages = [
-            StageRunner(file.graph(f"stage{k}"), stage.lattice) for k, stage in enumerate(a.stages)
-        ]
-        self.chain = GraphRunner(file.graph("chain"))
-        self._linear: dict[int, GraphRunner] = {}
+        self.graphs = self._graph_set(eight_bit=True)
+        self._fused: FusedModel | None = None
+        self._fused_tried = not fused
+        self._lock = threading.Lock()
+
+    def _graph_set(self, *, eight_bit: bool) -> GraphSet:
+        a, graphs = self.architecture, self._graphs
+        return GraphSet(
+            IntegerRunner(graphs["hyper"], eight_bit=eight_bit),
+            [
+                StageRunner(graphs[f"stage{k}"], stage.lattice, eight_bit=eight_bit)
+                for k, stage in enumerate(a.stages)
+            ],
+            GraphRunner(graphs["chain"]),
+            [a.seen(k) for k in range(len(a.stages))],
+            a.mean_stages,
+            a.context_channels,
+        )
+
+    @property
+    def fused(self) -> FusedModel | None:
+        """The networks as compiled programs, or None where onnxruntime runs them."""
+        if not self._fused_tried:
+            with self._lock:
+                if not self._fused_tried:
+                    a = self.architecture
+                    self._fused = fused_model(
+                        self._graphs, [s.lattice for s in a.stages], a.context_channels,
+                        a.z_channels, a.hyper, self._graph_set(eight_bit=False),
+                    )  # fmt: skip
+                    self._fused_tried = True
+        return self._fused
+
+    def cells(self, count: int, rows: int, columns: int) -> Cells:
+        """The networks of ``count`` cells of a latent grid."""
+        if self.fused is not None:
+            return FusedCells(self.fused, count, rows, columns)
+        return GraphCells(self.graphs, count, rows, columns)
 
     def _prove(self, file: container.ModelFile) -> None:
         """The integer proof of every graph that decides a probability, or ModelError."""
@@ -202,42 +249,11 @@ class DecoderModel:
         pixels = 3 * a.block**2
         prove_quantised(file.graph("chain"), a.context_channels + 1, pixels, f"{self.name}/chain")
 
-    def linear(self, channels: int) -> GraphRunner:
-        """Runner of the inverse transform of the first ``channels`` latents.
-
-        Input ``y`` float32 (channels, positions), output float32 (positions, 768): samples of
-        each block in (row, column, colour) order, 128 added.
-        """
-        if channels not in self._linear:
-            self._linear[channels] = GraphRunner(
-                gemm_graph(self.basis[:channels], self.mean + np.float32(128), transpose=True)
-            )
-        return self._linear[channels]
-
     def graph_bytes(self, name: str) -> bytes:
         """An ONNX graph of the model, for export and inspection."""
         return self._graphs[name]
 
 
-def gemm_graph(weight: Array, bias: Array, *, transpose: bool) -> bytes:
-    """ONNX graph ``x @ weight + bias`` (x transposed first when asked) with input y, output x."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    node = helper.make_node("Gemm", ["y", "w", "b"], ["x"], transA=int(transpose))
-    graph = helper.make_graph(
-        [node],
-        "linear",
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
-        [
-            numpy_helper.from_array(np.ascontiguousarray(weight), "w"),
-            numpy_helper.from_array(bias, "b"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return bytes(model.SerializeToString())
-
-
-def load_decoder(data: bytes) -> DecoderModel:
+def load_decoder(data: bytes, *, fused: bool = True) -> DecoderModel:
     """A decoder model from its file's bytes, proved; ModelError says what is wrong."""
-    return DecoderModel(container.parse(data))
+    return DecoderModel(container.parse(data), fused=fused)

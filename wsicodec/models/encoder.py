@@ -13,11 +13,14 @@ import numpy.typing as npt
 
 from wsicodec.errors import ModelError
 from wsicodec.models import container
-from wsicodec.models.decoder import GAINS, DecoderModel, gemm_graph
+from wsicodec.models.decoder import GAINS, DecoderModel
+from wsicodec.models.fold import folded_analysis, transform_graph
 from wsicodec.models.proof import FLOAT_OPERATORS, check_operators
 from wsicodec.models.session import GraphRunner
 
 KIND = "encoder"
+
+Decibels = npt.NDArray[np.float64]
 
 
 class EncoderModel:
@@ -26,10 +29,12 @@ class EncoderModel:
     quality_gain: (100,) gain index of each quality 1 ... 100, never decreasing.
     stage_gain: (stages,) smallest gain index at which each stage is coded.
     colour_gram: M'M of the colour space M in which the decoder's basis is orthonormal.
-    analysis: (blocks, linear, plane) -> correction of the ``corrected`` leading latents, in steps.
+    corrected: leading latents that the analysis network corrects.
     hyper_analysis: (y, plane) -> hyper-latents before rounding, all but the first channel.
     step_strength: of the adaptive step (the first channel), 0 ... 1.
     lagrange: bits that a squared error of one step is worth.
+    typical_psnr, typical_ssim: (256,) decibels that tissue usually has at each gain index, SSIM as
+    ``-10 log10(1 - SSIM)``; never decreasing.
     """
 
     def __init__(self, file: container.ModelFile) -> None:
@@ -67,27 +72,38 @@ class EncoderModel:
             raise ModelError("encoder model has no positive lagrange multiplier")
         self.lagrange = float(lagrange)
         self.colour_gram = file.tensor("colour_gram", "float32", (3, 3))
-        self._forward: GraphRunner | None = None
+        self.typical_psnr, self.typical_ssim = _typical(file)
+        self._runners: dict[tuple[int, bool], GraphRunner] = {}
         self._luma_share: npt.NDArray[np.float32] | None = None
         for name in ("analysis", "hyper_analysis"):
             check_operators(file.graph(name), FLOAT_OPERATORS, f"encoder/{name}")
-        self.analysis = GraphRunner(file.graph("analysis"))
+        self._analysis = file.graph("analysis")
         self.hyper_analysis = GraphRunner(file.graph("hyper_analysis"))
 
-    def forward_transform(self, decoder: DecoderModel) -> GraphRunner:
-        """Runner of the decoder's basis turned around: blocks (positions, 768), 128 subtracted,
-        to latents (positions, channels).
+    def transform(self, decoder: DecoderModel, channels: int) -> GraphRunner:
+        """Runner of the decoder's basis turned around: ``blocks`` (N, 768, rows, columns), 128
+        subtracted, to the first ``channels`` latents ``y``."""
+        return self._runner(decoder, channels, network=False)
 
-        The basis is orthonormal in colours M, so its inverse is the transpose times M'M.
-        """
-        if self._forward is None:
+    def analysis(self, decoder: DecoderModel, channels: int) -> GraphRunner:
+        """Runner of the transform with the analysis network's correction: ``blocks`` as above,
+        ``plane`` and ``step`` (N, 1, 1, 1), gain index and its step, to ``y``."""
+        return self._runner(decoder, channels, network=True)
+
+    def _runner(self, decoder: DecoderModel, channels: int, *, network: bool) -> GraphRunner:
+        # threads that race build one too many, which is harmless
+        if (channels, network) not in self._runners:
+            # the basis is orthonormal in colours M, so its inverse is the transpose times M'M
             rows = decoder.basis.reshape(len(decoder.basis), -1, 3) @ self.colour_gram
             forward = rows.reshape(len(decoder.basis), -1)
-            weight = np.ascontiguousarray(forward.T)
-            self._forward = GraphRunner(
-                gemm_graph(weight, -(forward @ decoder.mean), transpose=False)
+            bias = -(forward @ decoder.mean)
+            graph = (
+                folded_analysis(self._analysis, forward, bias, channels)
+                if network
+                else transform_graph(forward[:channels], bias[:channels])
             )
-        return self._forward
+            self._runners[channels, network] = GraphRunner(graph)
+        return self._runners[channels, network]
 
     def luma_share(self, decoder: DecoderModel) -> npt.NDArray[np.float32]:
         """(channels,) 0 ... 1: how much of each basis image's energy, in colours M, is luma."""
@@ -100,6 +116,19 @@ class EncoderModel:
             luma = ((rows @ weights) ** 2).sum(1) * grey
             self._luma_share = np.clip(luma / total, 0, 1).astype(np.float32)
         return self._luma_share
+
+
+def _typical(file: container.ModelFile) -> tuple[Decibels, Decibels]:
+    """Curves from evenly spaced points (2, points), or straight lines where the file has none."""
+    points = np.array([[24.0, 62.0], [5.0, 45.0]])
+    if "typical" in file.tensors:
+        points = file.tensor("typical", "float32", (2, None)).astype(float)
+        if points.shape[1] < 2 or not np.isfinite(points).all():
+            raise ModelError("an encoder's typical qualities are no curves")
+    rows = np.maximum.accumulate(points, axis=1)
+    at = np.linspace(0, GAINS - 1, rows.shape[1])
+    psnr, ssim = (np.interp(np.arange(GAINS), at, row) for row in rows)
+    return psnr, ssim
 
 
 def load_encoder(data: bytes) -> EncoderModel:

@@ -94,11 +94,15 @@ class IntegerRunner(GraphRunner):
     and ``h`` comes out as uint8.
     """
 
+    def __init__(self, graph: bytes, *, eight_bit: bool = True) -> None:
+        super().__init__(graph)
+        self._wanted = eight_bit
+
     def _build(self) -> Any:
         plain = super()._build()
         self._ports = [port.name for port in plain.get_inputs()]
         self._eight_bit = False
-        if not exact_kernels():
+        if not self._wanted or not exact_kernels():
             return plain
         fast = self._session_of(int8_graph(self._graph))
         rng = np.random.default_rng(0)
@@ -152,13 +156,13 @@ class StageRunner:
     there the graph runs at all positions.
     """
 
-    def __init__(self, graph: bytes, lattice: int) -> None:
-        self._graph, self._lattice = graph, lattice
-        self._cut = IntegerRunner(lattice_graph(graph, lattice))
+    def __init__(self, graph: bytes, lattice: int, *, eight_bit: bool = True) -> None:
+        self._graph, self._lattice, self._eight_bit = graph, lattice, eight_bit
+        self._cut = IntegerRunner(lattice_graph(graph, lattice), eight_bit=eight_bit)
 
     @functools.cached_property
     def _whole(self) -> IntegerRunner:
-        return IntegerRunner(lattice_graph(self._graph, 0))
+        return IntegerRunner(lattice_graph(self._graph, 0), eight_bit=self._eight_bit)
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Outputs in the graph's order."""
