@@ -21,6 +21,7 @@ def add(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from wsicodec.codec import TARGETS
     from wsicodec.slide.reader import SlideReader
 
     with SlideReader(arguments.file) as slide:
@@ -49,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"  other images: {', '.join(info.associated) or 'none'}")
     if info.record is not None:
         record = info.record
-        quality = "without loss" if record.quality is None else f"quality {record.quality}"
+        targets = [f"{n} {record.options[n]}" for n in TARGETS if n in record.options]
+        quality = targets[0] if targets else "without loss"
+        if record.quality is not None:
+            quality = f"quality {record.quality}"
         print(f"  coded by wsicodec {record.wsicodec}: {record.codec}, {quality}")
         for identity in record.models:
             print(f"  model: {identity.name}, SHA-256 {identity.sha256}")

@@ -21,6 +21,8 @@ DEFAULT_MODEL = "he-fast"
 DEFAULT_QUALITY = 70
 PRESETS = {"preview": 40, "diagnostic": DEFAULT_QUALITY, "archive": 90}
 """Qualities by their use."""
+TARGETS = ("target_ssim", "target_psnr")
+"""Options of the learned codec that take the place of quality."""
 CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
 
 Buffer = bytes | bytearray | memoryview
@@ -86,7 +88,7 @@ def encode(
 
 def _level(quality: int | None, preset: str | None, options: Mapping[str, Any]) -> int:
     """The quality that is asked for, by whatever name."""
-    targets = [n for n in ("target_psnr", "target_ssim") if options.get(n) is not None]
+    targets = [name for name in TARGETS if options.get(name) is not None]
     given = [n for n, v in (("quality", quality), ("preset", preset)) if v is not None] + targets
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(given)} exclude each other")
@@ -172,7 +174,10 @@ def _groups(streams: Sequence[bytes], workers: int) -> list[list[int]]:
     for key, members in alike.items():
         most = 1
         if isinstance(key, tuple):
-            most = max(1, min(BATCH_PIXELS // (key[2] * key[3]), -(-len(members) // workers)))
+            # as many groups for one worker as for the next
+            cap = max(1, BATCH_PIXELS // (key[2] * key[3]))
+            rounds = -(-len(members) // (workers * cap))
+            most = -(-len(members) // (workers * rounds))
         groups += [members[i : i + most] for i in range(0, len(members), most)]
     return groups
 

@@ -24,9 +24,9 @@ from wsicodec.entropy.tables import SYMBOL_PEAK
 from wsicodec.entropy.trellis import PACKED, search_levels
 from wsicodec.errors import FormatError
 from wsicodec.models.decoder import Z_PEAK, Architecture, DecoderModel
-from wsicodec.models.fused import run_stage
+from wsicodec.models.fused import run_program, run_stage
 from wsicodec.models.lattice import lattice_positions
-from wsicodec.models.networks import Cells, FusedCells
+from wsicodec.models.networks import Cells, run_hyper
 
 CELL = 512
 BLOCK = 16
@@ -35,6 +35,7 @@ LEVEL_PEAK = 2 * SYMBOL_PEAK
 INDEX_PEAK = SYMBOL_PEAK - 2  # searches look at neighbours
 STEPS_PER_OCTAVE = 32
 SPARSE_SHARE = 0.2
+BAD_HYPER = 100  # a status beside those of the entropy coder
 TOP_STEP = 64.0  # quantisation step at gain index 0
 
 # docs/format.md, "Gain": round(2**15 * 2**(i / 32)), literals of the format
@@ -305,12 +306,73 @@ def read_cells(
     return code_cells(model, jobs, stages, shape)
 
 
-def read_cell(
-    model: DecoderModel, stream: Decoder, gain: int, stages: int, shape: CellShape
-) -> CellLatents:
-    """A cell from its stream in one compiled call, on machines that run networks so.
+@compiled
+def _decode_cell(
+    arena, wide, tables, plan_stages, layout, lattices, hyper, z_classes, gain, pitch, places,
+    ports, factors, octave, steps, contexts, stream, packed, chain, dense, painting, columns,
+    lapped, out,
+):  # fmt: skip
+    """A cell from its stream to its pixels ``out`` (height, width * 3). Returns a status.
 
-    Threads meet at the interpreter a few times per tile, not per stage.
+    hyper, chain: where their operations begin and end; chain also where its output lies, and its
+    stride. contexts: offsets and strides of context and magnitudes. dense: channels to multiply as
+    a matrix, unless many of the others are set. The rest as the functions take it that this calls.
+    """
+    operations, segments, positions, weights, biases, scales = tables
+    words, cursor, states, first, entries, offsets, radii, class_table, class_raw = stream
+    mean_factor, context_factor, inverse_gain = factors
+    basis, panels, level, turn, line = painting
+    z = np.empty(z_classes.shape, np.int32)
+    flat = z.reshape(-1)
+    status = decode_symbols(
+        z_classes.reshape(-1), flat, words, cursor, states, first, entries, offsets, radii,
+        class_table, class_raw, np.uint64(0),
+    )  # fmt: skip
+    if status != 0:
+        return status
+    for i in range(len(flat)):
+        if flat[i] > Z_PEAK or flat[i] < -Z_PEAK:
+            return BAD_HYPER
+    gains = np.empty(len(places), np.uint8)
+    run_hyper(
+        arena, wide, hyper[0], hyper[1], operations, segments, positions, weights, biases, scales,
+        z, gain, pitch, places, ports, gains,
+    )  # fmt: skip
+    channels = np.int64(0)
+    for k in range(1, layout.shape[0]):
+        channels = max(channels, layout[k, 0] + layout[k, 1])
+    y = np.zeros((channels, len(places)), np.float32)
+    status = _read_stages(
+        arena, wide, plan_stages, operations, segments, positions, weights, biases, scales,
+        layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, steps,
+        y, places, contexts[0], contexts[1], contexts[2], contexts[3],
+        words, cursor, states, first, entries, offsets, radii, class_table, class_raw, packed,
+    )  # fmt: skip
+    if status != 0:
+        return status
+    few = min(dense, channels)
+    rest = y[few:].reshape(-1)
+    found = 0
+    for i in range(len(rest)):
+        found += rest[i] != 0
+    if found > SPARSE_SHARE * len(rest):
+        few = channels
+    run_program(
+        arena, chain[0], chain[1], operations, segments, positions, weights, biases, scales
+    )  # fmt: skip
+    correction = arena[chain[2] : chain[2] + len(places) * chain[3]].reshape(len(places), chain[3])
+    paint(
+        y, few, basis, panels, level, correction, gains, steps, columns, lapped, turn, line, out
+    )  # fmt: skip
+    return 0
+
+
+def decode_cell(
+    model: DecoderModel, stream: Decoder, gain: int, stages: int, shape: CellShape, out: Image
+) -> None:
+    """A cell from its stream into ``out``, in one compiled call, on machines that run networks so.
+
+    Threads meet at the interpreter once per tile, not several times per stage.
     """
     assert model.fused is not None
     a = model.architecture
@@ -319,23 +381,36 @@ def read_cell(
     rows, columns = shape.latents
     z_classes = np.empty((a.z_channels, *shape.hyper), np.uint8)
     z_classes[...] = model.z_classes[gain][:, None, None]
-    z = stream.get(z_classes)
-    if np.abs(z).max() > Z_PEAK:
-        raise FormatError("a hyper-latent is beyond its range")
-    cells = FusedCells(model.fused, 1, rows, columns)
-    gains = cells.hyper(z[None], [gain])[0]
-    y = np.zeros((a.channels_of(stages), rows * columns), np.float32)
     layout, lattices = _layout(a, rows, columns)
-    plan, arena = cells.plan, cells.arenas[0]
-    context, magnitude = plan.slots["context"], plan.slots["magnitude"]
-    status = _read_stages(
-        arena, arena.view(np.int16), plan.stages, *plan.tables, layout[: stages + 1], lattices,
-        gains, OCTAVE_TABLE, model.mean_factor, model.context_factor, model.inverse_gain, STEPS,
-        y, plan.inside, context.offset, context.stride, magnitude.offset, magnitude.stride,
-        *stream.arguments(), np.uint64(PACKED),
+    plan = model.fused.plan(rows, columns)
+    slots, hyper, chain = plan.slots, plan.programs["hyper"], plan.programs["chain"]
+    panels, level, line = _painting(model)
+    arena = plan.arena()
+    # cells within a larger tile are not contiguous
+    whole = out.flags.c_contiguous
+    target = out if whole else np.empty(out.shape, np.uint8)
+    status = _decode_cell(
+        arena, arena.view(np.int16), plan.tables, plan.stages, layout[: stages + 1], lattices,
+        (hyper.begin, hyper.end), z_classes, gain, plan.pitch, plan.inside, plan.ports,
+        (model.mean_factor, model.context_factor, model.inverse_gain), OCTAVE_TABLE, STEPS,
+        (slots["context"].offset, slots["context"].stride,
+         slots["magnitude"].offset, slots["magnitude"].stride),
+        stream.arguments(), np.uint64(PACKED),
+        (chain.begin, chain.end, *chain.places["correction"][:2]), dense_channels(a),
+        (model.basis, panels, level, model.lapping, line), columns, bool(a.lapped),
+        target.reshape(len(target), -1),
     )  # fmt: skip
+    plan.give_back(arena)
+    if status == BAD_HYPER:
+        raise FormatError("a hyper-latent is beyond its range")
     check_status(status)
-    return CellLatents(shape, stages, y, gains, cells, 0)
+    if not whole:
+        out[...] = target
+
+
+def dense_channels(a: Architecture) -> int:
+    """Leading channels that are rarely zero: those of stages with means."""
+    return a.channels_of(max(1, a.mean_stages))
 
 
 @functools.lru_cache(maxsize=16)
@@ -392,7 +467,7 @@ def synthesise(model: DecoderModel, cells: Sequence[CellLatents], outs: Sequence
     panels, level, weights = _painting(model)
     for cell, out in zip(cells, outs, strict=True):
         # channels without means are mostly zero: few of them are added one by one
-        dense = min(len(cell.y), a.channels_of(max(1, a.mean_stages)))
+        dense = min(len(cell.y), dense_channels(a))
         if np.count_nonzero(cell.y[dense:]) > SPARSE_SHARE * cell.y[dense:].size:
             dense = len(cell.y)
         # cells within a larger tile are not contiguous

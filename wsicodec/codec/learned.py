@@ -19,6 +19,9 @@ from wsicodec.errors import FormatError, SettingsError, UnknownModelError
 from wsicodec.models.store import decoder_of_prefix, encoder_of, find_model, models
 from wsicodec.settings import compute_slot
 
+DEFAULT = 70
+TRY_ALL_MODES = 8
+"""Effort from which other modes are tried on tiles that look like tissue, too."""
 _PAYLOAD_CODECS = {
     Mode.JPEGXL: "jpegxl",
     Mode.JPEG: "jpeg",
@@ -35,11 +38,13 @@ class LearnedCodec:
     def encode(self, image: Image, *, quality: int, lossless: bool, **options: Any) -> bytes:
         """A tile of the mode that suits the image: constant, learned, or another codec's stream.
 
-        Options: ``model``, a name or digest; ``tune``, "ssim" (finer steps where the eye and SSIM
-        are sensitive) or "psnr" (uniform steps); ``target_psnr`` (dB) or ``target_ssim`` in place
-        of quality, reached with at most three encodes where the finest quality reaches it;
-        ``modes``, "auto" (other modes for content that is not tissue, where they are smaller) or
-        "learned" (no other mode but constant).
+        Options: ``model``, a name or digest; ``effort``, 1 (fastest) ... 9 (fewest bytes at equal
+        quality), 5 unless given; ``tune``, "ssim" (finer steps where the eye and SSIM are
+        sensitive) or "psnr" (nearly uniform steps, errors weighed as RGB); ``target_psnr`` (dB) or
+        ``target_ssim`` in place of quality, reached with at most three encodes (up to effort 6)
+        where the finest quality reaches it; ``modes``, "auto" (other modes for content that is not
+        tissue, where they are smaller; effort 8 and 9 try them on all tiles) or "learned" (no
+        other mode but constant).
         """
         settings = LearnedSettings.of(options)
         with compute_slot():
@@ -92,6 +97,7 @@ class LearnedSettings:
     """Options of the learned codec, checked."""
 
     model: str = "he-fast"
+    effort: int = 5
     tune: str = "ssim"
     target_psnr: float | None = None
     target_ssim: float | None = None
@@ -107,6 +113,10 @@ class LearnedSettings:
                     f"learned codec has no option {name!r}; known: {', '.join(sorted(names))}"
                 )
         s = cls(**options)
+        if isinstance(s.effort, bool) or not isinstance(s.effort, (int, np.integer)):
+            raise SettingsError(f"effort must be an integer, not {s.effort!r}")
+        if not 1 <= s.effort <= 9:
+            raise SettingsError(f"effort {s.effort} is not within 1 ... 9")
         if s.tune not in ("ssim", "psnr"):
             raise SettingsError(f"tune must be 'ssim' or 'psnr', not {s.tune!r}")
         if s.modes not in ("auto", "learned"):
@@ -129,33 +139,41 @@ class LearnedSettings:
 
 
 def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
+    from wsicodec.codec.effort import effort_of, encode_best
     from wsicodec.codec.fallback import Candidate, better_mode, measured, suspicions
-    from wsicodec.codec.network import CodedTile, Search, TileEncoder
+    from wsicodec.codec.fidelity import ssim
+    from wsicodec.codec.network import CodedTile, TileEncoder
     from wsicodec.codec.rate import Trial, reach, ssim_decibels
-    from wsicodec.metrics import psnr, ssim
+    from wsicodec.metrics import PSNR_OF_EQUAL, psnr
 
     decoder, encoder = encoder_of(find_model(settings.model))
-    strength = 0.0 if settings.tune == "psnr" else encoder.step_strength
-    search = Search(strength, encoder.lagrange)
+    effort = effort_of(settings.effort, settings.tune, encoder)
     tile = TileEncoder(image, decoder, encoder)
-    target = settings.target_psnr
+    target, by_psnr = settings.target_psnr, settings.tune == "psnr"
     if settings.target_ssim is not None:
-        target = ssim_decibels(settings.target_ssim)
-    if target is None:
-        coded = tile.encode(int(encoder.quality_gain[quality - 1]), search)
-    else:
+        target, by_psnr = ssim_decibels(settings.target_ssim), False
+    elif target is not None:
+        by_psnr = True
 
-        def trial(gain: int) -> tuple[float, CodedTile]:
-            coded = tile.encode(gain, search)
-            if settings.target_psnr is not None:
-                return psnr(image, coded.pixels), coded
-            return ssim_decibels(ssim(image, coded.pixels)), coded
+    def decibels(coded: CodedTile) -> float:
+        if by_psnr:
+            return min(psnr(image, coded.pixels), PSNR_OF_EQUAL)
+        return ssim_decibels(ssim(image, coded.pixels))
 
-        typical = encoder.typical_psnr if settings.target_psnr is not None else encoder.typical_ssim
+    def trial(gain: int) -> tuple[float, CodedTile]:
+        coded = tile.encode(gain, effort.first)
+        return decibels(coded), coded
+
+    gain, first = int(encoder.quality_gain[quality - 1]), None
+    if target is not None:
+        typical = encoder.typical_psnr if by_psnr else encoder.typical_ssim
         found: Trial[CodedTile] = reach(target, trial, typical, int(encoder.quality_gain[-1]))
-        coded = found.coded
-    reasons = [] if settings.modes == "learned" else suspicions(image)
-    if not reasons:
+        gain, first = found.gain, found.coded
+    coded = encode_best(tile, gain, effort, decibels, first)
+    if settings.modes == "learned":
+        return coded.data
+    reasons = suspicions(image)
+    if not reasons and settings.effort < TRY_ALL_MODES:
         return coded.data
     best: Candidate = better_mode(image, measured(coded.tile, coded.pixels, image), reasons)
     return best.tile.pack()
@@ -176,11 +194,14 @@ def decode_alike(streams: list[bytes], outs: list[Image] | None) -> list[Image]:
 
 
 def _quality_of(prefix: str, gain: int) -> int | None:
-    """The lowest quality whose gain is at least ``gain``, where the encoder is installed."""
+    """The lowest quality whose gain is at least ``gain``, where the encoder is installed; the
+    default quality where it has that gain too."""
     try:
         _, encoder = encoder_of(find_model(prefix))
     except UnknownModelError:
         return None
+    if gain == encoder.quality_gain[DEFAULT - 1]:
+        return DEFAULT
     return min(int(np.searchsorted(encoder.quality_gain, gain)), 99) + 1
 
 

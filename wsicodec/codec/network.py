@@ -20,8 +20,8 @@ from wsicodec.codec.cell import (
     CellShape,
     cells_of,
     code_cells,
+    decode_cell,
     quantise_stage,
-    read_cell,
     read_cells,
     synthesise,
 )
@@ -33,6 +33,9 @@ from wsicodec.models.encoder import EncoderModel
 from wsicodec.models.lattice import lattice_positions
 
 LANES_LOG2 = 2
+STAGE_WORTH = 2.2
+"""Bits that a stage's errors must be worth to the search, for each that it takes: a finer gain for
+all stages has the better exchange, for SSIM above all."""
 
 Coded = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 """Values (hyper-latents, levels of stages) and their classes, of one stage of one cell."""
@@ -44,7 +47,7 @@ class Search:
 
     strength: of the adaptive step, 0 (best PSNR) ... 1.
     lagrange: bits that a squared error of one step is worth; infinite: nearest levels.
-    chroma: what an error of colour alone is worth against one of luma, 0 ... 1.
+    rgb: 0 weighs errors as the model's steps do, luma first; 1 as squared errors of RGB.
     analysis: share of the analysis network's correction that is applied; 0 leaves it out.
     hyper: let the network choose hyper-latents; all but the adaptive step are zero otherwise.
     passes: passes over the symbols. All but the first know what correction the decoder's chain
@@ -54,16 +57,15 @@ class Search:
 
     strength: float
     lagrange: float
-    chroma: float = 1.0
+    rgb: float = 0.0
     analysis: float = 1.0
     hyper: bool = True
     passes: int = 1
     aim: float = 1.0
 
-    def worth(self, luma_share: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Lagrange multiplier of each channel, given the luma share of its basis image."""
-        weight = luma_share + np.float32(self.chroma) * (1 - luma_share)
-        return (np.float32(self.lagrange) * weight).astype(np.float32)
+    def worth(self, rgb_energy: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Lagrange multiplier of each channel, given the RGB energy of a step in it."""
+        return (np.float32(self.lagrange) * rgb_energy ** np.float32(self.rgb)).astype(np.float32)
 
 
 def decode_tile(tile: Tile, model: DecoderModel) -> Image:
@@ -96,8 +98,7 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
             synthesise(model, cells, views)
             continue
         for stream, header, view in zip(streams, headers, views, strict=True):
-            cell = read_cell(model, stream, header.gain, header.stages, shape)
-            synthesise(model, [cell], [view])
+            decode_cell(model, stream, header.gain, header.stages, shape, view)
     for stream in streams:
         stream.finish()
 
@@ -115,15 +116,20 @@ def encode_tile(
 
 @dataclass(frozen=True, eq=False)
 class CodedCell:
-    """Symbols of a cell, hyper-latents and then one entry per stage, and what they decode to."""
+    """Symbols of a cell, hyper-latents and then one entry per stage, and what they decode to.
+
+    saved: by stage, for stages that could be left out, the bits that the errors they take away are
+    worth to the search.
+    """
 
     symbols: list[Coded]
     latents: CellLatents
+    saved: dict[int, float]
 
     def cut(self, stages: int, channels: int) -> CodedCell:
-        """Without the stages from ``stages`` on, whose symbols are all zero."""
+        """Without the stages from ``stages`` on, which no other stage sees."""
         latents = replace(self.latents, stages=stages, y=self.latents.y[:channels])
-        return CodedCell(self.symbols[: stages + 1], latents)
+        return CodedCell(self.symbols[: stages + 1], latents, self.saved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,22 +181,33 @@ class TileEncoder:
             search = Search(encoder.step_strength, encoder.lagrange)
         limit = max(1, int((encoder.stage_gain <= gain).sum()))
         cells = [cell.encode(gain, limit, search) for cell in self._cells]
+        a = model.architecture
         # trailing stages without means and without symbols decode to nothing: leave them out
         stages = limit
-        while stages > max(1, model.architecture.mean_stages) and not any(
+        while stages > max(1, a.mean_stages) and not any(
             cell.symbols[stages][0].any() for cell in cells
         ):
             stages -= 1
-        channels = model.architecture.channels_of(stages)
-        cells = [cell.cut(stages, channels) for cell in cells]
-        stream = Encoder(model.tables, 1 << LANES_LOG2)
-        for cell in cells:
-            for k, (values, classes) in enumerate(cell.symbols):
-                stream.put(values, classes, dependent=k > 0)
+        payload = self._payload(cells, stages)
+        # one that no other stage sees has to be worth its bits
+        while stages > 1 and all(stages - 1 in cell.saved for cell in cells):
+            shorter = self._payload(cells, stages - 1)
+            bits = 8 * (len(payload) - len(shorter))
+            if sum(cell.saved[stages - 1] for cell in cells) >= STAGE_WORTH * bits:
+                break
+            stages, payload = stages - 1, shorter
+        cells = [cell.cut(stages, a.channels_of(stages)) for cell in cells]
         header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
         height, width = self.image.shape[:2]
-        tile = Tile(Mode.LEARNED, height, width, stream.finish(), header)
+        tile = Tile(Mode.LEARNED, height, width, payload, header)
         return CodedTile(tile, gain, search, cells, model)
+
+    def _payload(self, cells: Sequence[CodedCell], stages: int) -> bytes:
+        stream = Encoder(self.model.tables, 1 << LANES_LOG2)
+        for cell in cells:
+            for k, (values, classes) in enumerate(cell.symbols[: stages + 1]):
+                stream.put(values, classes, dependent=k > 0)
+        return stream.finish()
 
 
 class CellEncoder:
@@ -251,8 +268,9 @@ class CellEncoder:
     ) -> CodedCell:
         """The symbols of given latents and hyper-latents."""
         model, a = self.model, self.model.architecture
-        worth = search.worth(self.encoder.luma_share(model))
+        worth = search.worth(self.encoder.rgb_energy(model))
         symbols: list[Coded] = []
+        saved: dict[int, float] = {}
 
         def hyper_source(classes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
             symbols.append((z, classes))
@@ -268,10 +286,16 @@ class CellEncoder:
                 1 << LANES_LOG2,
             )  # fmt: skip
             symbols.append((levels, classes))
+            unseen = k >= a.mean_stages and a.stages[k].first >= a.context_channels
+            if unseen and np.isfinite(search.lagrange):
+                c, i = np.nonzero(levels)
+                scale = self.model.inverse_gain[channels][c] * STEPS[gains[where[i]]]
+                value, found = y[channels][c, where[i]] / scale, levels[c, i] / 2
+                saved[k] = float((worth[channels][c] * found * (2 * value - found)).sum())
             return levels
 
         job = CellJob(gain, hyper_source, stage_source)
-        return CodedCell(symbols, code_cells(model, [job], stages, self.shape)[0])
+        return CodedCell(symbols, code_cells(model, [job], stages, self.shape)[0], saved)
 
 
 def quantise_cell(

@@ -154,15 +154,21 @@ def paint(
     # the lower half of the blocks above and the blocks at hand: what one border needs
     band = np.empty((24, padded * LINE), np.float32)
     pitch = band.shape[1] * 4
-    top_row = band.ctypes.data + HALF * pitch
     values = np.zeros((max(dense, 1), padded), np.float32)
     scales = np.zeros(GROUP, np.float32)
     levels = np.empty(GROUP, np.int64)
     row_at = np.empty(max(channels - dense, 1), np.int64)
     row_value = np.empty(max(channels - dense, 1), np.float32)
     line = np.empty(padded * LINE, np.uint8)
+    # addresses once: views of arrays that threads share count their users, which takes turns
     corrections, stride = correction.ctypes.data, correction.strides[0]
-    basis_at = basis.ctypes.data
+    basis_at, panels_at, mean_at = basis.ctypes.data, panels.ctypes.data, mean.ctypes.data
+    panel_size = panels.strides[0]
+    values_at, levels_at, scales_at = values.ctypes.data, levels.ctypes.data, scales.ctypes.data
+    rows_at, row_values_at = row_at.ctypes.data, row_value.ctypes.data
+    turn_at, weights_at = turn.ctypes.data, weights.ctypes.data
+    band_at, line_at, out_at = band.ctypes.data, line.ctypes.data, out.ctypes.data
+    top_row = band_at + HALF * pitch
     for i in range(rows):
         first = i * columns
         for c in range(dense):
@@ -175,8 +181,8 @@ def paint(
                 levels[m] = corrections + p * stride
             for a in range(BLOCK):
                 block_rows(
-                    values.ctypes.data + 4 * j, dense, 4 * padded, panels[a].ctypes.data,
-                    mean.ctypes.data + 4 * LINE * a, levels.ctypes.data, scales.ctypes.data,
+                    values_at + 4 * j, dense, 4 * padded, panels_at + a * panel_size,
+                    mean_at + 4 * LINE * a, levels_at, scales_at,
                     top_row + a * pitch + 4 * LINE * j,
                 )  # fmt: skip
                 for m in range(GROUP):
@@ -190,16 +196,14 @@ def paint(
                     row_value[n] = v
                     n += v != 0
                 if n:
-                    sparse_rows(
-                        top_row + 4 * LINE * j, pitch, n, row_at.ctypes.data, row_value.ctypes.data
-                    )
+                    sparse_rows(top_row + 4 * LINE * j, pitch, n, rows_at, row_values_at)
         begin, end = 8, 24
         if lapped:
             for a in range(BLOCK):
-                lap_between(top_row + a * pitch + 4 * LINE, columns - 1, weights.ctypes.data)
+                lap_between(top_row + a * pitch + 4 * LINE, columns - 1, weights_at)
             if i:
                 above = top_row - pitch
-                lap_across(above, top_row, pitch, columns * VECTORS, turn.ctypes.data)
+                lap_across(above, top_row, pitch, columns * VECTORS, turn_at)
                 begin = 0
             if i < rows - 1:
                 end = 16
@@ -207,11 +211,11 @@ def paint(
             row = 16 * i - 8 + a
             if row >= height:
                 break
-            source = band.ctypes.data + a * pitch
+            source = band_at + a * pitch
             if width % LANES:
-                to_bytes(source, (width + LANES - 1) // LANES, line.ctypes.data)
+                to_bytes(source, (width + LANES - 1) // LANES, line_at)
                 out[row, :] = line[:width]
             else:
-                to_bytes(source, width // LANES, out.ctypes.data + row * out.strides[0])
+                to_bytes(source, width // LANES, out_at + row * width)
         if lapped:
             band[:8] = band[16:]

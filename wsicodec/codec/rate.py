@@ -21,8 +21,8 @@ ENOUGH = 0.25
 """Decibels above the target at which no further encode is made."""
 MARGIN = 0.06
 """Decibels that the second encode aims above the target."""
-SAFETY = 8
-"""Gain indices added to the last encode when none before it reached the target: a decibel."""
+SAFETY = 3
+"""Gain indices added to the last encode when none before it reached the target."""
 SSIM_CEILING = 60.0
 """Decibels of an SSIM of 0.999999, and of all above."""
 

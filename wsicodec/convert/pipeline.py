@@ -168,7 +168,7 @@ def convert(
             target=plan.target,
             codec=chosen.codec,
             model=model,
-            quality_setting=None if chosen.lossless else chosen.quality,
+            quality_setting=chosen.fixed_quality,
             source_bytes=slide.info.file_bytes,
             target_bytes=plan.target.stat().st_size,
             levels=run.reports(),
@@ -202,7 +202,8 @@ def _encode(image: Image, settings: ConvertSettings) -> bytes:
     options = dict(settings.options)
     if settings.codec == "learned":
         options["model"] = settings.model
-    return wsicodec.encode(image, codec=settings.codec, quality=settings.quality, **options)
+    quality = None if settings.target is not None else settings.quality
+    return wsicodec.encode(image, codec=settings.codec, quality=quality, **options)
 
 
 def _metadata(plan: ConvertPlan) -> SlideMetadata:
@@ -222,11 +223,15 @@ def _metadata(plan: ConvertPlan) -> SlideMetadata:
 
 def _record(plan: ConvertPlan, model: ModelId | None) -> FileRecord:
     settings = plan.settings
-    step = () if settings.lossless else (f"{settings.codec} quality {settings.quality}",)
+    step: tuple[str, ...] = ()
+    if settings.target is not None:
+        step = (f"{settings.codec} {settings.target} {settings.options[settings.target]:g}",)
+    elif not settings.lossless:
+        step = (f"{settings.codec} quality {settings.quality}",)
     return FileRecord(
         wsicodec=wsicodec.__version__,
         codec=settings.codec,
-        quality=None if settings.lossless else settings.quality,
+        quality=settings.fixed_quality,
         models=() if model is None else (model,),
         history=(*plan.source.history, *step),
         levels=tuple(FROM_SOURCE if _read(level) else AREA_AVERAGE for level in plan.levels),

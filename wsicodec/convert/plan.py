@@ -10,14 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from wsicodec.bitstream import MAX_SIDE
-from wsicodec.codec import CODECS, DEFAULT_MODEL, DEFAULT_QUALITY
+from wsicodec.codec import CODECS, DEFAULT_MODEL, DEFAULT_QUALITY, TARGETS
 from wsicodec.codec.protocol import check_quality
 from wsicodec.errors import SettingsError, SlideError, UnsupportedError
 from wsicodec.settings import MAX_THREADS, thread_budget
 from wsicodec.slide.ometiff import LAYOUTS, MAX_LEVELS, compression_tag
 from wsicodec.slide.reader import DEFAULT_CACHE_BYTES, SlideInfo
-
-"""Names for qualities. ``diagnostic`` keeps a mean SSIM of 0.95 on tissue."""
 
 MEASURES = ("none", "sample", "all")
 SAMPLE_TILES = 64
@@ -31,7 +29,8 @@ class ConvertSettings:
     """How to convert a slide. Everything is checked when built; raises SettingsError.
 
     codec: ``learned``, ``jpeg``, ``jpeg2000``, ``jpegxl``, ``lossless`` or ``webp``.
-    model: name or digest, for ``learned``. quality: 1 ... 100. options: of the codec.
+    model: name or digest, for ``learned``. quality: 1 ... 100. options: of the codec, such as
+    ``effort``; for ``learned``, ``target_ssim`` or ``target_psnr`` takes the place of quality.
     tile_size: side of the output's tiles in pixels, a multiple of 16, at most 4096.
     levels: ``source`` codes every level of the source from that level's own pixels; a number N
     writes N levels, each the area average of four pixels of the one before, level 0 from the
@@ -68,6 +67,8 @@ class ConvertSettings:
         compression_tag(self.codec)
         check_quality(self.quality)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        if self.target is not None and self.quality != DEFAULT_QUALITY:
+            raise SettingsError(f"quality and {self.target} exclude each other")
         _check_int("tile size", self.tile_size, 16, MAX_SIDE)
         if self.tile_size % 16:
             raise SettingsError(f"tile size {self.tile_size} is not a multiple of 16, as TIFF asks")
@@ -86,6 +87,17 @@ class ConvertSettings:
     def lossless(self) -> bool:
         """True when every pixel will be kept: codec ``lossless``, or its option in another."""
         return self.codec == "lossless" or self.options.get("lossless") is True
+
+    @property
+    def target(self) -> str | None:
+        """Name of the option that sets what every tile has to reach, in place of quality."""
+        given = [name for name in TARGETS if self.options.get(name) is not None]
+        return given[0] if given else None
+
+    @property
+    def fixed_quality(self) -> int | None:
+        """The quality of all tiles; None where every pixel is kept, or tiles reach a target."""
+        return None if self.lossless or self.target is not None else self.quality
 
     @property
     def threads(self) -> int:

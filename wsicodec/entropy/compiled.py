@@ -22,6 +22,7 @@ _SOURCES = (
     "codec/adaptive.py",
     "codec/analysis.py",
     "codec/cell.py",
+    "codec/fidelity.py",
     "codec/lapping.py",
     "codec/pixels.py",
     "models/fused.py",

@@ -12,11 +12,13 @@ has a state of its own, so that neighbours do not wait for each other. docs/form
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
 from wsicodec.entropy.compiled import compiled
-from wsicodec.entropy.tables import SymbolTables
+from wsicodec.entropy.tables import CLASSES, SymbolTables
 
 STATES = 8
 NEXT_STATE = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
@@ -31,6 +33,7 @@ _BEFORE = np.array(((0, 4), (2, 6), (0, 4), (2, 6), (3, 5), (1, 7), (3, 5), (1, 
 """The two states before each state, and the parities that lead from them to it."""
 _ODD = np.array(((0, 1), (0, 1), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 0)), np.int64)
 _ESCAPE_BITS = 7.0  # length and sign, about
+_COMMON = 16  # magnitudes below are priced in advance
 
 
 @compiled
@@ -71,40 +74,76 @@ def _price(j, row, radius, raw, bits):
 
 @compiled
 def _candidates(
-    values, classes, worth, rate_weight, radii, class_table, class_raw, bits, where, best, price
+    values, classes, worth, rate_weight, radii, class_table, class_raw, bits, prices, where, best,
+    price,
 ):  # fmt: skip
     """For each coded value, by quantiser and parity (2 quantiser + parity): the magnitude of the
-    best index, and its cost. Returns how many there are."""
+    best index, and its cost. Returns how many there are.
+
+    prices: (classes, 2 quantisers, magnitudes) bits of the small ones; the others are computed.
+    """
     channels, positions = values.shape
     tables = len(radii) // 2
+    common = np.int64(prices.shape[2])
     n = 0
     for c in range(channels):
+        weight = worth[c]
         for p in range(positions):
             k = classes[c, p]
             if k == 0:
                 continue
             where[n] = c * positions + p
-            u = np.float64(abs(values[c, p]))
-            raw = np.int64(class_raw[k])
+            u = abs(values[c, p])
             for q in range(2):
-                row = np.int64(class_table[k]) + q * tables
-                radius = np.int64(radii[row])
+                shift = np.float32(0.5) * np.float32(q)
+                cost = prices[k, q]
                 for odd in range(2):
-                    j = np.int64(odd + 2 * np.floor(max((u + 0.5 * q - odd) / 2 + 0.5, 0.0)))
-                    error = u - (j - 0.5 * q if j > 0 else 0.0)
-                    least = worth[c] * error * error
-                    least += rate_weight * _price(j, row, radius, raw, bits)
+                    # the nearest magnitude of this parity, and the one below it
+                    half = (u + shift - np.float32(odd)) * np.float32(0.5) + np.float32(0.5)
+                    j = np.int64(odd + 2 * np.int64(max(half, np.float32(0))))
+                    error = u - (np.float32(j) - shift) if j > 0 else u
+                    least = weight * error * error
+                    if j < common:
+                        least += rate_weight * cost[j]
+                    else:
+                        row = np.int64(class_table[k]) + q * tables
+                        raw = np.int64(class_raw[k])
+                        least += rate_weight * _price(j, row, np.int64(radii[row]), raw, bits)
                     if j >= 2:
                         i = j - 2
-                        error = u - (i - 0.5 * q if i > 0 else 0.0)
-                        other = worth[c] * error * error
-                        other += rate_weight * _price(i, row, radius, raw, bits)
+                        error = u - (np.float32(i) - shift) if i > 0 else u
+                        other = weight * error * error
+                        if i < common:
+                            other += rate_weight * cost[i]
+                        else:
+                            row = np.int64(class_table[k]) + q * tables
+                            raw = np.int64(class_raw[k])
+                            other += rate_weight * _price(i, row, np.int64(radii[row]), raw, bits)
                         if other < least:
                             least, j = other, i
                     price[n, 2 * q + odd] = least
                     best[n, 2 * q + odd] = j
             n += 1
     return n
+
+
+@compiled
+def _prices(radii, class_table, class_raw, bits, prices):
+    """Fill in bits of magnitudes by class and quantiser; those of class 0 stay as they are."""
+    tables = len(radii) // 2
+    for k in range(1, prices.shape[0]):
+        for q in range(2):
+            row = np.int64(class_table[k]) + q * tables
+            for j in range(prices.shape[2]):
+                raw = np.int64(class_raw[k])
+                prices[k, q, j] = _price(j, row, np.int64(radii[row]), raw, bits)
+
+
+@functools.lru_cache(maxsize=8)
+def _price_table(tables: SymbolTables) -> npt.NDArray[np.float32]:
+    prices = np.zeros((CLASSES, 2, _COMMON), np.float32)
+    _prices(tables.radii, tables.class_table, tables.class_raw, tables.bits, prices)
+    return prices
 
 
 @compiled
@@ -188,10 +227,10 @@ def search_levels(
     weight = worth if finite else np.ones_like(worth)
     where = np.empty(count, np.int64)
     best = np.empty((count, 4), np.int32)
-    price = np.empty((count, 4), np.float64)
+    price = np.empty((count, 4), np.float32)
     _candidates(
-        values, classes, weight, 1.0 if finite else 0.0, tables.radii, tables.class_table,
-        tables.class_raw, tables.bits, where, best, price,
+        values, classes, weight, np.float32(finite), tables.radii, tables.class_table,
+        tables.class_raw, tables.bits, _price_table(tables), where, best, price,
     )  # fmt: skip
     _search(values, lanes, where, best, price, count, levels)
     return levels

@@ -19,6 +19,8 @@ from wsicodec.models.proof import FLOAT_OPERATORS, check_operators
 from wsicodec.models.session import GraphRunner
 
 KIND = "encoder"
+LEADING = 64
+"""Channels that set the level of ``EncoderModel.rgb_energy``."""
 
 Decibels = npt.NDArray[np.float64]
 
@@ -74,7 +76,7 @@ class EncoderModel:
         self.colour_gram = file.tensor("colour_gram", "float32", (3, 3))
         self.typical_psnr, self.typical_ssim = _typical(file)
         self._runners: dict[tuple[int, bool], GraphRunner] = {}
-        self._luma_share: npt.NDArray[np.float32] | None = None
+        self._rgb_energy: npt.NDArray[np.float32] | None = None
         for name in ("analysis", "hyper_analysis"):
             check_operators(file.graph(name), FLOAT_OPERATORS, f"encoder/{name}")
         self._analysis = file.graph("analysis")
@@ -105,17 +107,14 @@ class EncoderModel:
             self._runners[channels, network] = GraphRunner(graph)
         return self._runners[channels, network]
 
-    def luma_share(self, decoder: DecoderModel) -> npt.NDArray[np.float32]:
-        """(channels,) 0 ... 1: how much of each basis image's energy, in colours M, is luma."""
-        if self._luma_share is None:
-            rows = decoder.basis.reshape(len(decoder.basis), -1, 3)
-            total = np.einsum("cpi,ij,cpj->c", rows, self.colour_gram, rows)
-            weights = np.array([0.299, 0.587, 0.114], np.float32)
-            # a unit of luma alone is grey: (1, 1, 1)
-            grey = np.float32(self.colour_gram.sum())
-            luma = ((rows @ weights) ** 2).sum(1) * grey
-            self._luma_share = np.clip(luma / total, 0, 1).astype(np.float32)
-        return self._luma_share
+    def rgb_energy(self, decoder: DecoderModel) -> npt.NDArray[np.float32]:
+        """(channels,): squared RGB error of a step's error in each channel, 1 in the middle of the
+        leading ones."""
+        if self._rgb_energy is None:
+            energy = (decoder.basis.astype(np.float64) ** 2).sum(1) * decoder.inverse_gain**2
+            middle = np.exp(np.log(energy[:LEADING]).mean())
+            self._rgb_energy = (energy / middle).astype(np.float32)
+        return self._rgb_energy
 
 
 def _typical(file: container.ModelFile) -> tuple[Decibels, Decibels]:

@@ -96,7 +96,8 @@ class Plan:
     pitch: columns of the framed grid. slots: by buffer. inside: place of each position.
     programs: hyper, stages, chain. tables: their operations and all that these refer to. stages:
     (stages, 6) place and stride of the classes, of the means, and where the stage's operations
-    begin and end, for ``run_stage``. idle: arenas that wait for the next cell.
+    begin and end, for ``run_stage``. ports: (5, 2) offset and stride of z, constant plane, step,
+    plane and the chain's plane. idle: arenas that wait for the next cell.
     """
 
     rows: int
@@ -107,6 +108,7 @@ class Plan:
     programs: Mapping[str, Program]
     tables: Tables
     stages: Array
+    ports: Array
     template: Array
     idle: list[Array]
 
@@ -232,8 +234,14 @@ class FusedModel:
             ],
             np.int64,
         )
+        ports = [(slots[n].offset, slots[n].stride) for n in ("z", "constant")]
+        ports.append(programs["hyper"].places["step"][:2])
+        ports += [(slots[n].offset, slots[n].stride) for n in ("plane", "chain_plane")]
         tables = writer.tables()
-        return Plan(rows, columns, pitch, slots, inside, programs, tables, stages, template, [])
+        return Plan(
+            rows, columns, pitch, slots, inside, programs, tables, stages,
+            np.array(ports, np.int64), template, [],
+        )  # fmt: skip
 
 
 def _behind_the_last_reach(network: Network) -> set[str]:
@@ -330,23 +338,26 @@ def run_program(
     base = arena.ctypes.data
     table = np.empty((MAX_SEGMENTS, 3), np.int64)
     targets = np.empty(4, np.int64)
-    to = targets.ctypes.data
+    to, rows = targets.ctypes.data, table.ctypes.data
+    # addresses once: views of arrays that threads share count their users, which takes turns
+    all_weights, all_biases = weights.ctypes.data, biases.ctypes.data
+    all_scales, all_positions = scales.ctypes.data, positions.ctypes.data
     for n in range(begin, end):
-        o = operations[n]
-        count = o[1]
+        first, count = operations[n, 0], operations[n, 1]
         for s in range(count):
-            table[s, 0] = segments[o[0] + s, 0] + base
-            table[s, 1] = segments[o[0] + s, 1]
-            table[s, 2] = segments[o[0] + s, 2]
-        rows = table.ctypes.data
-        w = weights.ctypes.data + o[7]
-        b = biases.ctypes.data + 4 * o[8]
-        f = scales.ctypes.data + 4 * o[8]
-        vectors, low, high, zero, wide = o[9], o[10], o[11], o[12], o[13]
-        where = positions.ctypes.data + 8 * o[2]
-        for m in range(0, o[3], 4):
+            table[s, 0] = segments[first + s, 0] + base
+            table[s, 1] = segments[first + s, 1]
+            table[s, 2] = segments[first + s, 2]
+        w = all_weights + operations[n, 7]
+        b = all_biases + 4 * operations[n, 8]
+        f = all_scales + 4 * operations[n, 8]
+        vectors, low, high = operations[n, 9], operations[n, 10], operations[n, 11]
+        zero, wide = operations[n, 12], operations[n, 13]
+        where = all_positions + 8 * operations[n, 2]
+        write, start, stride = operations[n, 4], operations[n, 5], operations[n, 6]
+        for m in range(0, operations[n, 3], 4):
             for i in range(4):
-                targets[i] = base + o[5] + positions[o[4] + m + i] * o[6]
+                targets[i] = base + start + positions[write + m + i] * stride
             p = where + 8 * m
             if wide:
                 if vectors == 4:

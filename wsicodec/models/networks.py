@@ -121,7 +121,7 @@ class GraphCells:
 
 
 @compiled
-def _run_hyper(
+def run_hyper(
     arena, wide, begin, end, operations, segments, positions, weights, biases, scales,
     z, gain, pitch, inside, ports, gains,
 ):  # fmt: skip
@@ -164,15 +164,11 @@ class FusedCells:
     def hyper(self, z: Array, gains: Sequence[int]) -> Bytes:
         plan = self.plan
         program = plan.programs["hyper"]
-        places = [(plan.slots[n].offset, plan.slots[n].stride) for n in ("z", "constant")]
-        places.append(program.places["step"][:2])
-        places += [(plan.slots[n].offset, plan.slots[n].stride) for n in ("plane", "chain_plane")]
-        ports = np.array(places, np.int64)
         effective = np.empty((len(self.arenas), len(plan.inside)), np.uint8)
         for n, (arena, gain) in enumerate(zip(self.arenas, gains, strict=True)):
-            _run_hyper(
+            run_hyper(
                 arena, arena.view(np.int16), program.begin, program.end, *plan.tables,
-                np.ascontiguousarray(z[n], np.int32), gain, plan.pitch, plan.inside, ports,
+                np.ascontiguousarray(z[n], np.int32), gain, plan.pitch, plan.inside, plan.ports,
                 effective[n],
             )  # fmt: skip
         return effective

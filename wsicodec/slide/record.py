@@ -36,7 +36,8 @@ class ModelId:
 class FileRecord:
     """How the tiles of a file were coded.
 
-    codec: as in ``convert --codec``. quality: 1 ... 100, None for lossless.
+    codec: as in ``convert --codec``. quality: 1 ... 100, None for lossless and where ``options``
+    holds a target that tiles reach.
     history: lossy codings that the pixels went through, oldest first, this one last.
     levels: per level FROM_SOURCE or AREA_AVERAGE: where its pixels came from.
     metrics: arguments of the fidelity figures that belong to this file.

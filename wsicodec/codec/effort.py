@@ -1,0 +1,117 @@
+"""Efforts 1 ... 9 of the learned codec: what an encoder tries, for one format and one decoder.
+
+1 and 2 use none of the encoder's networks, 3 and 4 the one that chooses hyper-latents, 5 all of
+them; 6 codes a second time with the decoder's correction in view; 7 ... 9 try other settings at
+equal quality and keep the best. docs/models.md has what each costs and saves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from wsicodec.codec.network import CodedTile, Search, TileEncoder
+from wsicodec.models.encoder import EncoderModel
+
+DEFAULT_EFFORT = 5
+MAX_EFFORT = 9
+TUNES = ("ssim", "psnr")
+
+SHIFT, SCALE = 0.15, 1.25
+"""How far other searches move the adaptive step's strength, and the lagrange multiplier."""
+PROBE = 4
+"""Gain indices between the two tiles that tell how bytes and quality rise."""
+MOST_GAIN = 255
+MOST_GUESSES = 2
+"""Gain indices at which a search is tried."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What an effort tries.
+
+    first: the search that sets the quality. others: searches that are tried at that quality.
+    """
+
+    first: Search
+    others: tuple[Search, ...] = ()
+
+
+def effort_of(number: int, tune: str, encoder: EncoderModel) -> Effort:
+    """Effort 1 ... 9 of a model; ``tune`` is "ssim" or "psnr"."""
+    plain = _plain(tune, encoder)
+    if number <= 2:
+        return Effort(replace(plain, analysis=0.0, hyper=False))
+    if number <= 4:
+        return Effort(replace(plain, analysis=0.0))
+    if number == DEFAULT_EFFORT:
+        return Effort(plain)
+    twice = replace(plain, passes=2, aim=0.5)
+    if tune == "psnr":
+        # the second pass does much of what the analysis network does
+        twice = replace(twice, analysis=plain.analysis / 2)
+    return Effort(twice, tuple(_variations(number, twice)) if number > 6 else ())
+
+
+def _plain(tune: str, encoder: EncoderModel) -> Search:
+    """One pass with all networks.
+
+    Analysis networks are trained for SSIM first. What serves PSNR best was found on training
+    images with three models: a weaker adaptive step, less of the network's correction, errors
+    weighed as RGB.
+    """
+    if tune == "ssim":
+        return Search(encoder.step_strength, encoder.lagrange)
+    return Search(0.55 * encoder.step_strength, 0.8 * encoder.lagrange, rgb=1.0, analysis=0.75)
+
+
+def _variations(number: int, search: Search) -> Iterator[Search]:
+    """Searches around one, more of them by the number: 2, 4 and 8."""
+    for shift in (0.0, -SHIFT, SHIFT):
+        for scale in (1.0, 1 / SCALE, SCALE):
+            moved = (shift != 0.0) + (scale != 1.0)
+            if moved == 0 or (shift and number < 8) or (moved == 2 and number < MAX_EFFORT):
+                continue
+            strength = min(max(search.strength + shift, 0.0), 1.0)
+            yield replace(search, strength=strength, lagrange=scale * search.lagrange)
+
+
+Quality = Callable[[CodedTile], float]
+"""What a tile's pixels are worth, in decibels: close to a line over the gain index."""
+
+
+def encode_best(
+    tile: TileEncoder, gain: int, effort: Effort, quality: Quality, first: CodedTile | None = None
+) -> CodedTile:
+    """The tile that costs least at the quality that the first search has at ``gain``.
+
+    first: what the first search gives there, where it is known.
+
+    Its quality is never below that one's, and less than a gain index above it. Bytes at equal
+    quality come from how bytes and quality of the first search rise with the gain.
+    """
+    if first is None:
+        first = tile.encode(gain, effort.first)
+    if not effort.others:
+        return first
+    wanted = quality(first)
+    step = PROBE if gain + PROBE <= MOST_GAIN else -PROBE
+    probe = tile.encode(gain + step, effort.first)
+    rise = (quality(probe) - wanted) / step
+    growth = math.log(len(probe.data) / len(first.data)) / step
+    if not (math.isfinite(rise) and rise > 0 and growth > 0):
+        return first  # exact already, or as good as it can be
+    best, least = first, math.log(len(first.data))
+    for search in effort.others:
+        near, seen = gain, set[int]()
+        # where the gain is beside the one that fits, that one too
+        while near not in seen and len(seen) < MOST_GUESSES:
+            seen.add(near)
+            coded = tile.encode(near, search)
+            apart = quality(coded) - wanted
+            cost = math.log(len(coded.data)) - apart / rise * growth
+            if 0 <= apart < rise and cost < least:
+                best, least = coded, cost
+            near = min(max(math.ceil(near - apart / rise), 0), MOST_GAIN)
+    return best
