@@ -143,7 +143,7 @@ def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
     from wsicodec.codec.fallback import Candidate, better_mode, measured, suspicions
     from wsicodec.codec.fidelity import ssim
     from wsicodec.codec.network import CodedTile, TileEncoder
-    from wsicodec.codec.rate import Trial, reach, ssim_decibels
+    from wsicodec.codec.rate import Trial, reach, ssim_decibels, typical_shift
     from wsicodec.metrics import PSNR_OF_EQUAL, psnr
 
     decoder, encoder = encoder_of(find_model(settings.model))
@@ -166,7 +166,7 @@ def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
 
     gain, first = int(encoder.quality_gain[quality - 1]), None
     if target is not None:
-        typical = encoder.typical_psnr if by_psnr else encoder.typical_ssim
+        typical = encoder.typical_psnr + typical_shift(image) if by_psnr else encoder.typical_ssim
         found: Trial[CodedTile] = reach(target, trial, typical, int(encoder.quality_gain[-1]))
         gain, first = found.gain, found.coded
     coded = encode_best(tile, gain, effort, decibels, first)
