@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("skimage")
 
+from benchmarks import effort, rate_distortion, seams, speed
 from benchmarks import metrics as measures
-from benchmarks import rate_distortion, seams, speed
 from benchmarks.contenders import CODECS, LEARNED, REFERENCES, contenders, titles
 from benchmarks.curves import (
     MS_SSIM_TARGET,
@@ -761,3 +761,17 @@ def test_matching_finds_the_cheapest_quality_that_serves() -> None:
     matched = speed.match(tiles, distance, 0.95)
     assert matched["ssim"] == pytest.approx(0.95, abs=0.003)
     assert not speed.match(tiles, REFERENCES["webp"], 0.99999)["reached"]
+
+
+def test_efforts_against_the_default_one(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"a_{i}.png").write_bytes(imagecodecs.png_encode(tissue_like(150, 140, i)))
+    out = tmp_path / "effort.json"
+    words = ["--images", str(tmp_path), "--json", str(out), "--tile", "96", "--tunes", "ssim"]
+    effort.main([*words, "--efforts", "1", "5"])
+    report = json.loads(out.read_text())
+    assert report["images"] == ["a_0.png", "a_1.png"]
+    assert report["ssim"]["5"]["ssim"] == report["ssim"]["5"]["psnr"] == 0
+    assert report["ssim"]["5"]["ssim_images"] == 2
+    assert report["ssim"]["1"]["ms"] > 0
+    assert report["ssim"]["1"]["ssim"] != 0
