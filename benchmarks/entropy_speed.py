@@ -54,13 +54,13 @@ def draw(
 def tissue_classes(count: int, rng: np.random.Generator) -> np.ndarray:
     """Classes of coded symbols of a textured tile at the default quality."""
     from wsicodec.codec.cell import CellShape
-    from wsicodec.codec.network import Search, quantise_cell
+    from wsicodec.codec.network import quantise_cell, usual_search
     from wsicodec.models.store import encoder_of
 
     decoder, encoder = encoder_of(find_model("he-fast"))
     coarse = rng.normal(0, 40, (32, 32, 3)).repeat(8, 0).repeat(8, 1)
     image = np.clip(170 + coarse + rng.normal(0, 6, (256, 256, 3)), 0, 255).astype(np.uint8)
-    search = Search(encoder.step_strength, encoder.lagrange)
+    search = usual_search(encoder)
     gain = int(encoder.quality_gain[69])
     stages = len(decoder.architecture.stages) - 1
     coded = quantise_cell(image, CellShape(256, 256), decoder, encoder, gain, stages, search)

@@ -48,11 +48,14 @@ class Cell:
 
     z: np.ndarray
     effective: np.ndarray
+    turn: tuple[int, int, int]
     classes: list[np.ndarray] = field(default_factory=list)
     means: list[np.ndarray | None] = field(default_factory=list)
     quantisers: list[np.ndarray] = field(default_factory=list)
     indices: list[np.ndarray] = field(default_factory=list)
     levels: list[np.ndarray] = field(default_factory=list)
+    sums: np.ndarray | None = None
+    """Of the absolute latents of every position."""
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Decoded:
     cells: list[Cell]
     real: np.ndarray | None = None
     """Mode ``learned``: the samples before rounding and clipping, float64."""
+    free: np.ndarray | None = None
+    """Mode ``learned``: (rows, columns) bool, the pixels of which the tolerance asks nothing."""
 
 
 def decode(data: bytes, models: list[bytes]) -> Decoded:
@@ -200,18 +205,22 @@ def decode_learned(rest: bytes, height: int, width: int, models: list[bytes]) ->
     model = read_model(found[0])
     require(1 <= stages <= len(model.stages), "stages")
 
-    coder = Decoder(rest[6:], 1 << log_lanes)
+    # section "Cells": row by row
+    places = [(top, left) for top in range(0, height, 512) for left in range(0, width, 512)]
+    turns, stream = read_turns(rest[6:], len(places))
+    coder = Decoder(stream, 1 << log_lanes)
     cells = []
     real = np.zeros((height, width, 3))
-    for top in range(0, height, 512):  # section "Cells": row by row
-        for left in range(0, width, 512):
-            h, w = min(512, height - top), min(512, width - left)
-            cell, samples = decode_cell(coder, model, (h, w), gain, stages)
-            cells.append(cell)
-            real[top : top + h, left : left + w] = samples
+    free = np.zeros((height, width), bool)
+    for (top, left), turn in zip(places, turns, strict=True):
+        h, w = min(512, height - top), min(512, width - left)
+        cell, samples = decode_cell(coder, model, (h, w), gain, stages, turn)
+        cells.append(cell)
+        real[top : top + h, left : left + w] = samples
+        free[top : top + h, left : left + w] = free_pixels(model, cell)[:h, :w]
     coder.end()
     pixels = np.clip(np.rint(real + 128), 0, 255).astype(np.uint8)
-    return Decoded(pixels, "learned", cells, real + 128)
+    return Decoded(pixels, "learned", cells, real + 128, free)
 
 
 # --------------------------------------------------------------------------------------------- Gain
@@ -228,17 +237,28 @@ OCTAVE = np.array([
 # ---------------------------------------------------------------------------------- Learned payload
 
 
+def read_turns(payload: bytes, cells: int) -> tuple[list[tuple[int, int, int]], bytes]:
+    """Section "Learned payload": the turns of all cells, and the entropy-coded stream."""
+    require(len(payload) >= 3 * cells, "payload ends among the turns")
+    return list(struct.iter_unpack("<3b", payload[: 3 * cells])), payload[3 * cells :]
+
+
 def decode_cell(
-    coder: Decoder, model: Model, size: tuple[int, int], gain: int, stages: int
+    coder: Decoder,
+    model: Model,
+    size: tuple[int, int],
+    gain: int,
+    stages: int,
+    turn: tuple[int, int, int],
 ) -> tuple[Cell, np.ndarray]:
     """Section "Learned payload": one cell's symbols, then its samples (h, w, 3) less 128."""
     h, w = size
     rows, columns = math.ceil(h / 16), math.ceil(w / 16)
     z, hyper, effective = decode_hyper(coder, model, rows, columns, gain)
-    cell = Cell(z, effective)
+    cell = Cell(z, effective, turn)
 
     # section "Stages"
-    v = np.zeros((len(model.basis), rows, columns), np.int64)
+    v = np.zeros((len(model.order), rows, columns), np.int64)
     context = np.zeros((model.context_channels, rows, columns), np.int64)
     before = 0
     for k, (first, count, lattice) in enumerate(model.stages[:stages]):
@@ -276,7 +296,9 @@ def decode_cell(
                 context[c][at] = np.clip((product + (1 << t - 1)) >> t, -127, 127)
 
         before = first + count
-    return cell, synthesise(model, v, context, effective)[:h, :w]
+    y = latents(model, v, context, effective)
+    cell.sums = np.abs(y).sum(axis=0)
+    return cell, synthesise(model, y, turn)[:h, :w]
 
 
 def lattice_positions(lattice: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -329,23 +351,71 @@ def levels_of(indices: np.ndarray, quantisers: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- Pixels
 
 
-def synthesise(
-    model: Model, v: np.ndarray, context: np.ndarray, effective: np.ndarray
-) -> np.ndarray:
-    """Section "Pixels": samples (16 R, 16 C, 3), before 128 is added."""
-    rows, columns = effective.shape
+def latents(model: Model, v: np.ndarray, context: np.ndarray, effective: np.ndarray) -> np.ndarray:
+    """Section "Pixels": y (channels, R, C), corrected."""
     step = 2.0 ** (6 - effective / 32)
-    y = v * (model.inverse_gain.astype(np.float64) / 16)[:, None, None] * step
-    block = np.tensordot(y, model.basis.astype(np.float64), axes=(0, 0))  # rows, columns, 768
-    block += model.mean.astype(np.float64)
+    y = v * model.inverse_gain.astype(np.float64)[:, None, None] * step / 16
     last = np.maximum(effective, 1)[None]
     outputs = run_graph(model.graphs["chain"], {"context": np.concatenate([context + 128, last])})
     (correction,) = outputs.values()
-    require(correction.shape == (rows, columns, 768), "shape of correction")
-    block += (correction - 128) * step[..., None] / 64
-    block = block.reshape(rows, columns, 16, 16, 3)
-    image = block.transpose(0, 2, 1, 3, 4).reshape(16 * rows, 16 * columns, 3)
-    return image if model.lapping is None else lap(image, model.lapping.astype(np.float64))
+    require(correction.shape == (*effective.shape, len(context)), "shape of correction")
+    y[: len(context)] += (correction.transpose(2, 0, 1) - 128) * step / 64
+    return y
+
+
+def synthesise(model: Model, y: np.ndarray, turn: tuple[int, int, int]) -> np.ndarray:
+    """Section "Pixels": samples (16 R, 16 C, 3), before 128 is added."""
+    planes = lap(blocks(model, y), model.lapping.astype(np.float64))
+    back = model.colours.astype(np.float64) @ turn_matrix(turn).T
+    return model.mean.astype(np.float64) + planes @ back.T
+
+
+def blocks(model: Model, y: np.ndarray) -> np.ndarray:
+    """Section "Pixels": the blocks B in their places, (16 R, 16 C, 3 planes)."""
+    _, rows, columns = y.shape
+    frequencies = np.zeros((768, rows, columns))
+    frequencies[model.order] = y
+    f = frequencies.reshape(3, 16, 16, rows, columns)
+    d = cosines()
+    b = np.einsum("ui,puwrc,wj->ricjp", d, f, d, optimize=True)
+    return b.reshape(16 * rows, 16 * columns, 3)
+
+
+def cosines() -> np.ndarray:
+    """Section "Pixels": D[u, i]."""
+    u, i = np.arange(16)[:, None], np.arange(16)
+    d = np.sqrt(1 / 8) * np.cos(np.pi * (2 * i + 1) * u / 32)
+    d[0] = 1 / 4
+    return d
+
+
+def turn_matrix(turn: tuple[int, int, int]) -> np.ndarray:
+    """Section "Pixels": T."""
+    a, b, c = turn
+    return givens(1, 2, c) @ givens(0, 2, b) @ givens(0, 1, a)
+
+
+def givens(i: int, j: int, units: int) -> np.ndarray:
+    """Section "Pixels": G(i, j, angle)."""
+    angle = units * np.pi / 256
+    g = np.eye(3)
+    g[i, i] = g[j, j] = np.cos(angle)
+    g[i, j] = np.sin(angle)
+    g[j, i] = -np.sin(angle)
+    return g
+
+
+def free_pixels(model: Model, cell: Cell) -> np.ndarray:
+    """Section "Pixels", "Tolerance": (16 R, 16 C), where it asks nothing."""
+    assert cell.sums is not None
+    free = np.kron(cell.sums > 2**17, np.ones((16, 16), bool))
+    if np.array_equal(model.lapping, np.eye(8)):
+        return free
+    for axis in (0, 1):  # eight samples to either side of a border are mixed
+        wide = np.pad(free, [(8, 8) if axis == i else (0, 0) for i in (0, 1)])
+        windows = np.lib.stride_tricks.sliding_window_view(wide, 17, axis=axis)
+        free = windows.any(axis=-1)
+    return free
 
 
 def lap(image: np.ndarray, lapping: np.ndarray) -> np.ndarray:
@@ -496,11 +566,11 @@ class Model:
     mean_factor: np.ndarray
     context_factor: np.ndarray
     inverse_gain: np.ndarray
-    basis: np.ndarray
+    order: np.ndarray
+    colours: np.ndarray
     mean: np.ndarray
+    lapping: np.ndarray
     graphs: dict[str, onnx.ModelProto]
-    lapping: np.ndarray | None = None
-    """(8, 8), of models that are lapped alone."""
 
 
 ARCHITECTURE = {"block", "stages", "mean_stages", "context_channels", "z_channels", "hyper"}
@@ -531,11 +601,68 @@ def read_model(file: bytes) -> Model:
             tensors[name] = np.frombuffer(content, little_endian).reshape(section["shape"])
     require(at == len(file), "bytes after the last section")
 
-    architecture = header["architecture"]
-    require(set(architecture) - {"lapped"} == ARCHITECTURE, "keys of the architecture")
-    stages = architecture["stages"]
-    channels = check_stages(stages)
-    require(architecture["block"] == 16, "block")
+    a = header["architecture"]
+    channels, means = check_architecture(a)
+    contexts = a["context_channels"]
+
+    def tensor(name: str, kind: str, *shape: int) -> np.ndarray:
+        require(name in tensors, f"{name} is missing")
+        found = tensors[name]
+        require(found.dtype == np.dtype(kind).newbyteorder("<"), f"type of {name}")
+        require(found.shape == shape, f"shape of {name}")
+        return found
+
+    def floats(name: str, peak: float, *shape: int) -> np.ndarray:
+        found = tensor(name, "float32", *shape)
+        require(bool(np.isfinite(found).all()), f"{name} is not finite")
+        require(bool(np.all(np.abs(found) <= peak)), f"{name} is beyond its bound")
+        return found
+
+    def factors(name: str, count: int) -> np.ndarray:
+        found = tensor(name, "int32", count)
+        require(bool(np.all((found >= 1) & (found < 2**21))), f"{name} is out of range")
+        return found
+
+    radii, cdf = read_tables(tensors)
+    z_classes = tensor("z_classes", "uint8", 256, a["z_channels"])
+    require(bool(np.all((z_classes >= 1) & (z_classes <= 127))), "a class of z_classes")
+    order = tensor("order", "uint16", channels)
+    require(len(set(order.tolist())) == channels, "two channels of one place in order")
+    require(bool(np.all(order < 768)), "a place in order")
+    colours = floats("colours", 2**4, 3, 3)
+    require(abs(np.linalg.det(colours.astype(np.float64))) >= 1e-3, "determinant of colours")
+    lapping = floats("lapping", np.inf, 8, 8)
+    exact = lapping.astype(np.float64)
+    require(bool(np.all(np.abs(exact @ exact.T - np.eye(8)) <= 1e-4)), "lapping is not orthogonal")
+    require(set(graphs) >= {"hyper", "chain", *(f"stage{k}" for k in range(len(a["stages"])))},
+            "graphs")  # fmt: skip
+    check_graphs(a, graphs)
+    return Model(
+        stages=a["stages"],
+        mean_stages=a["mean_stages"],
+        context_channels=contexts,
+        z_channels=a["z_channels"],
+        hyper=a["hyper"],
+        table_radii=radii,
+        table_cdf=cdf,
+        z_classes=z_classes,
+        mean_factor=factors("mean_factor", means),
+        context_factor=factors("context_factor", contexts),
+        inverse_gain=floats("inverse_gain", 2**16, channels),
+        order=order,
+        colours=colours,
+        mean=floats("mean", 2**10, 3),
+        lapping=lapping,
+        graphs=graphs,
+    )
+
+
+def read_tables(tensors: dict[str, np.ndarray]) -> tuple[list[int], list[list[int]]]:
+    """Section "Symbol tables": table_radii and table_cdf."""
+    require({"table_radii", "table_cdf"} <= set(tensors), "tables are missing")
+    require(tensors["table_radii"].dtype == np.dtype("<i4"), "type of table_radii")
+    require(tensors["table_cdf"].dtype == np.dtype("<u2"), "type of table_cdf")
+    require(tensors["table_radii"].ndim == 1, "shape of table_radii")
     radii = tensors["table_radii"].tolist()
     require(len(radii) % 2 == 0 and 15 <= len(radii) // 2 <= 127, "number of tables")
     require(all(1 <= r <= 126 for r in radii), "radii")
@@ -546,45 +673,28 @@ def read_model(file: bytes) -> Model:
         require(used[0] == 0 and used[-1] == 16384, "table ends")
         require(all(a < b for a, b in itertools.pairwise(used)), "table order")
         require(all(value == 16384 for value in row[2 * r + 3 :]), "table padding")
-    z_classes = tensors["z_classes"]
-    require(z_classes.shape == (256, architecture["z_channels"]), "z_classes")
-    require(bool(np.all((z_classes >= 1) & (z_classes <= 127))), "a class of z_classes")
-    require(tensors["basis"].shape == (channels, 768), "basis")
-    lapping = read_lapping(architecture.get("lapped", 0), tensors)
-    require(set(graphs) >= {"hyper", "chain", *(f"stage{k}" for k in range(len(stages)))}, "graphs")
-    for name, graph in graphs.items():
-        check_types(name, graph)
-    return Model(
-        stages=stages,
-        mean_stages=architecture["mean_stages"],
-        context_channels=architecture["context_channels"],
-        z_channels=architecture["z_channels"],
-        hyper=architecture["hyper"],
-        table_radii=radii,
-        table_cdf=cdf,
-        z_classes=z_classes,
-        mean_factor=tensors["mean_factor"],
-        context_factor=tensors["context_factor"],
-        inverse_gain=tensors["inverse_gain"],
-        basis=tensors["basis"],
-        mean=tensors["mean"],
-        graphs=graphs,
-        lapping=lapping,
-    )
+    return radii, cdf
 
 
-def read_lapping(lapped: object, tensors: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Section "Model file", key ``lapped``: the tensor ``lapping`` where it is 1."""
-    require(type(lapped) is int and lapped in (0, 1), "lapped")
-    if lapped == 0:
-        return None
-    require("lapping" in tensors, "lapping is missing")
-    lapping = tensors["lapping"]
-    require(lapping.dtype == np.dtype("<f4") and lapping.shape == (8, 8), "lapping")
-    require(bool(np.isfinite(lapping).all()), "lapping is not finite")
-    exact = lapping.astype(np.float64)
-    require(bool(np.all(np.abs(exact @ exact.T - np.eye(8)) <= 1e-4)), "lapping is not orthogonal")
-    return lapping
+def check_architecture(architecture: dict) -> tuple[int, int]:
+    """Section "Model file", ``architecture``. Returns the channels, and those with means."""
+    require(set(architecture) == ARCHITECTURE, "keys of the architecture")
+    stages = architecture["stages"]
+    numbers = [number for stage in stages for number in stage]
+    numbers += [value for key, value in architecture.items() if key != "stages"]
+    require(all(type(number) is int for number in numbers), "numbers of the architecture")
+    require(architecture["block"] == 16, "block")
+    require(1 <= architecture["z_channels"] <= 256, "z_channels")
+    require(1 <= architecture["hyper"] <= 512, "hyper")
+    channels = check_stages(stages)
+    # a range of channels ends where its last lattice does
+    ends = [0, *(k + 1 for k, (_, _, lattice) in enumerate(stages) if lattice in (0, 3))]
+    reached = [0, *(first + count for first, count, lattice in stages if lattice in (0, 3))]
+    require(architecture["mean_stages"] in ends, "mean_stages")
+    means = reached[ends.index(architecture["mean_stages"])]
+    require(architecture["context_channels"] in reached[1:], "context_channels")
+    require(means <= architecture["context_channels"], "context covers stages with means")
+    return channels, means
 
 
 def check_stages(stages: list[list[int]]) -> int:
@@ -604,23 +714,52 @@ def check_stages(stages: list[list[int]]) -> int:
 
 # --------------------------------------------------------------------------------- Integer networks
 
-TYPES = {  # of what graphs give
-    "h": onnx.TensorProto.FLOAT,
-    "step": onnx.TensorProto.INT8,
-    "class": onnx.TensorProto.UINT8,
-    "mean": onnx.TensorProto.INT16,
-}
+FLOAT, UINT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+INT8, INT16 = onnx.TensorProto.INT8, onnx.TensorProto.INT16
 
 
-def check_types(name: str, model: onnx.ModelProto) -> None:
-    """Section "Integer networks": element types of inputs and outputs; "Pixels" for ``chain``."""
-    chain = name == "chain"
-    taken = onnx.TensorProto.UINT8 if chain else onnx.TensorProto.FLOAT
+def check_graphs(architecture: dict, graphs: dict[str, onnx.ModelProto]) -> None:
+    """Types and channels of inputs and outputs, sections "Hyper-latents", "Stages", "Pixels"."""
+    hyper, contexts = architecture["hyper"], architecture["context_channels"]
+    check_ports(graphs["hyper"], {"z": architecture["z_channels"], "plane": 1}, FLOAT,
+                [(hyper, FLOAT), (1, INT8)])  # fmt: skip
+    coded = 0
+    for k, (first, count, _) in enumerate(architecture["stages"]):
+        inputs = {"h": hyper, "plane": 1}
+        if k:
+            inputs["context"] = min(coded, contexts)
+        outputs = [(count, UINT8)]
+        if k < architecture["mean_stages"]:
+            outputs.append((count, INT16))
+        check_ports(graphs[f"stage{k}"], inputs, FLOAT, outputs)
+        coded = first + count
+    chain = [(contexts, UINT8)]
+    check_ports(graphs["chain"], {"context": contexts + 1}, UINT8, chain, channels_last=True)
+
+
+def check_ports(
+    model: onnx.ModelProto,
+    inputs: dict[str, int],
+    kind: int,
+    outputs: list[tuple[int, int]],
+    *,
+    channels_last: bool = False,
+) -> None:
+    """inputs: channels by name, all of type ``kind``. outputs: channels and type."""
+
+    def check(port: onnx.ValueInfoProto, channels: int, kind: int, axis: int) -> None:
+        tensor = port.type.tensor_type
+        require(tensor.elem_type == kind, f"type of {port.name}")
+        extents = [extent.dim_value for extent in tensor.shape.dim]  # 0: free
+        wanted = [channels if i == axis % 4 else 0 for i in range(4)]
+        require(extents == wanted, f"extents of {port.name}")
+
+    require({port.name for port in model.graph.input} == set(inputs), "names of the inputs")
+    require(len(model.graph.output) == len(outputs), "number of outputs")
     for port in model.graph.input:
-        require(port.type.tensor_type.elem_type == taken, f"type of {name}'s {port.name}")
-    for port in model.graph.output:
-        given = onnx.TensorProto.UINT8 if chain else TYPES.get(port.name)
-        require(port.type.tensor_type.elem_type == given, f"type of {name}'s {port.name}")
+        check(port, inputs[port.name], kind, 1)
+    for port, (channels, given) in zip(model.graph.output, outputs, strict=True):
+        check(port, channels, given, -1 if channels_last else 1)
 
 
 @dataclass

@@ -151,6 +151,18 @@ def test_every_flipped_header_bit_under_a_right_checksum(vector: Read) -> None:
             assert image.shape == (height, width, 3)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_any_turn_under_a_right_checksum_is_another_picture(vector: Read) -> None:
+    """All values of each angle are of the format, and angles apart show."""
+    data = vector("decode/learned-32x32-gain140-turned-a.tile")
+    image = wsicodec.decode(data)
+    for at, own in zip(range(24, 27), (90, 0, 0), strict=True):
+        for angle in (*range(-128, 127, 15), 127):
+            turned = data[:at] + struct.pack("b", angle) + data[at + 1 :]
+            other = wsicodec.decode(with_right_checksum(turned))
+            assert (other != image).any() == (angle != own)
+
+
 def test_checks_come_in_the_documents_order() -> None:
     """Each fault alone has its own error; of two faults, the one named first in the document."""
     tile = bytearray(Tile(Mode.CONSTANT, 1, 1, b"abc").pack())

@@ -122,7 +122,7 @@ class TestConvert:
         assert main(["info", str(target)]) == 0
         text = capsys.readouterr().out
         assert find_model("he-fast").digest in text
-        assert "model carried in the file: 2" in text
+        assert "model carried in the file: 1" in text
 
     @pytest.mark.parametrize(
         ("content", "options", "error"),

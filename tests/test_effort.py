@@ -80,7 +80,7 @@ def test_bytes_at_equal_quality_fall(curves: dict[Any, np.ndarray], tune: str) -
     base = curves[tune, 5]
     bytes_of = {n: fewer(base, curves[tune, n], column) for n in (1, 3, 6, 7)}
     assert bytes_of[1] > bytes_of[3] + 0.01
-    assert bytes_of[3] > 0.01
+    assert bytes_of[3] > 0.005
     assert bytes_of[6] < 0.005  # a second pass pays a little, more for PSNR
     assert bytes_of[7] < bytes_of[6] + 0.005
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wsicodec
 from wsicodec.entropy import kernel, reference
 from wsicodec.entropy.tables import (
     CLASSES,
@@ -419,3 +420,16 @@ def test_caches_follow_the_sources(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
         stamps[bits] = {p.name for p in (copy / "entropy" / "__pycache__").glob("*.nbi")}
     assert stamps["4"] < stamps["2"]
+
+
+def test_every_module_of_compiled_code_is_in_the_fingerprint() -> None:
+    """What is not would go on answering from the cache of an older release."""
+    from wsicodec.entropy.compiled import _SOURCES
+
+    package = Path(wsicodec.__file__).parent
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"^(@compiled|\w+ = intrinsic_of\()", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert found and found <= set(_SOURCES)

@@ -155,9 +155,11 @@ def hostile(digest: bytes) -> Iterator[tuple[str, bytes]]:
     for stages in (1, 4, 8, 15):
         for gain in (0, 128, 255):
             header = LearnedHeader(digest[:4], gain, stages, 0)
-            for payload in (b"\0\0\1\0", b"\xff" * 4, b"\x9c\x27\x11\x5a" * 5000):
-                tile = Tile(Mode.LEARNED, 4096, 4096, payload, header)
-                yield f"learned {gain} {stages} {payload[:4].hex()}", tile.pack()
+            for stream in (b"\0\0\1\0", b"\xff" * 4, b"\x9c\x27\x11\x5a" * 5000):
+                for turns in (0, 3, 3 * 63, 3 * 64):  # bytes; the tile has 64 cells
+                    payload = b"\x81" * turns + stream
+                    tile = Tile(Mode.LEARNED, 4096, 4096, payload, header)
+                    yield f"learned {gain} {stages} {turns} {stream[:4].hex()}", tile.pack()
 
 
 CHILD = """

@@ -1,14 +1,18 @@
-"""The filter across block borders: its kernels against docs/format.md, and what pictures show.
+"""The filter across block borders: encoders and decoders against docs/format.md, and what pictures
+show.
 
-``lapped`` below is the document's formulas, sample by sample in float64. Pictures go through a
-model with a whole basis (768 channels), so that what is lost is lost by rounding alone.
+``lapped`` below is the document's formulas, sample by sample in float64. What an encoder's filter
+makes of planes is read from the frequencies that it finds. Pictures go through a model of all 768
+channels, so that what is lost is lost by rounding alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,9 +23,9 @@ from hypothesis import strategies as st
 import wsicodec
 from tools import make_conformance
 from tools.export.builder import FLOAT, INT8, UINT8, GraphBuilder, grid
-from wsicodec.codec.analysis import blocks_of
+from wsicodec.codec.analysis import bands_of
 from wsicodec.codec.cell import CellShape
-from wsicodec.codec.lapping import lap_image, line_weights
+from wsicodec.codec.lapping import border_matrix
 from wsicodec.codec.network import Search, TileEncoder, decode_tile, decode_tiles
 from wsicodec.models import container
 from wsicodec.models.decoder import DecoderModel, load_decoder
@@ -33,10 +37,6 @@ NEAREST = Search(strength=0.0, lagrange=np.inf)
 """Nearest levels everywhere."""
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def random_turn(seed: int) -> np.ndarray:
-    return make_conformance.random_turn(seed)
 
 
 def lapped_start() -> np.ndarray:
@@ -67,21 +67,42 @@ def lapped(image: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return along(along(image.transpose(1, 0, 2)).transpose(1, 0, 2))
 
 
-def filtered(image: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """What the kernels make of (16 R, 16 C, 3)."""
-    flat = np.array(image, np.float32, order="C").reshape(len(image), -1)
-    turn = np.ascontiguousarray(turn, np.float32)
-    lap_image(flat, turn, line_weights(turn))
-    return flat.reshape(image.shape)
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """What an encoder's linear transform reads of a model."""
+
+    lapping: np.ndarray
+    colours: np.ndarray
+    mean: np.ndarray
+    order: np.ndarray
+
+
+def filtered(image: np.ndarray, lapping: np.ndarray) -> np.ndarray:
+    """What an encoder's filter makes of planes (height, width, 3) of integers 0 ... 255: this
+    matrix, not its transpose. (16 R, 16 C, 3), whole blocks."""
+    height, width, _ = image.shape
+    plain = np.eye(3, dtype=np.float32), np.full(3, -128, np.float32), np.arange(768)
+    transform = Transform(np.ascontiguousarray(lapping.T, np.float32), *plain)
+    return planes_of(image.astype(np.uint8), cast(DecoderModel, transform), height, width)
+
+
+def planes_of(image: np.ndarray, model: DecoderModel, height: int, width: int) -> np.ndarray:
+    """Filtered planes of a cell, (16 R, 16 C, 3), from the frequencies that an encoder finds."""
+    shape = CellShape(height, width)
+    values = bands_of(image, shape, model).values.astype(np.float64)
+    frequencies = values.reshape(3, 16, 16, *shape.latents)
+    d = second_decoder.cosines()
+    blocks = np.einsum("ui,puwrc,wj->ricjp", d, frequencies, d, optimize=True)
+    rows, columns = shape.latents
+    return blocks.reshape(16 * rows, 16 * columns, 3)
 
 
 def drawn(seed: int, rows: int, columns: int) -> np.ndarray:
-    """Samples of blocks, beyond the range of pixels."""
-    shape = (16 * rows, 16 * columns, 3)
-    return np.random.default_rng(seed).uniform(-300, 300, shape).astype(np.float32)
+    """Samples of blocks."""
+    return np.random.default_rng(seed).integers(0, 256, (16 * rows, 16 * columns, 3)).astype(float)
 
 
-# -- the kernels --
+# -- the filter --
 
 
 @settings(max_examples=40, deadline=None)
@@ -93,77 +114,80 @@ def drawn(seed: int, rows: int, columns: int) -> np.ndarray:
 def test_images_are_filtered_as_the_document_says(
     rows: int, columns: int, seed: int, turn: int
 ) -> None:
-    image, matrix = drawn(seed, rows, columns), random_turn(turn)
+    image, matrix = drawn(seed, rows, columns), make_conformance.random_lapping(turn)
     expected = lapped(image, matrix)
     np.testing.assert_allclose(filtered(image, matrix), expected, rtol=0, atol=1e-3)
-    whole = second_decoder.lap(image.astype(np.float64), matrix.astype(np.float64))
+    whole = second_decoder.lap(image, matrix.astype(np.float64))
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-9)
 
 
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 10), seed=seeds, turn=seeds)
 def test_the_transpose_is_the_way_back(rows: int, columns: int, seed: int, turn: int) -> None:
-    image, matrix = drawn(seed, rows, columns), random_turn(turn)
+    image = drawn(seed, rows, columns)
+    matrix = make_conformance.random_lapping(turn).astype(np.float64)
     there = filtered(image, matrix)
-    np.testing.assert_allclose(filtered(there, matrix.T), image, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(
-        filtered(filtered(image, matrix.T), matrix), image, rtol=0, atol=1e-3
-    )
+    back = second_decoder.lap(there, matrix.T)
+    np.testing.assert_allclose(back, image, rtol=0, atol=1e-3)
+    back = second_decoder.lap(filtered(image, matrix.T), matrix)
+    np.testing.assert_allclose(back, image, rtol=0, atol=1e-3)
     if rows * columns > 1:
         assert np.abs(there - image).max() > 10
-        assert np.abs(filtered(there, matrix) - image).max() > 10  # nor is it its own way back
+        # nor is it its own way back
+        assert np.abs(second_decoder.lap(there, matrix) - image).max() > 10
         # orthogonal: no error grows on its way
-        assert (there.astype(float) ** 2).sum() == pytest.approx((image.astype(float) ** 2).sum())
+        assert (there**2).sum() == pytest.approx((image**2).sum(), rel=1e-4)
 
 
 def test_what_is_the_same_on_both_sides_of_borders_passes_unchanged() -> None:
     """Constants, and whatever borders mirror: no difference there, none to turn."""
-    image = np.broadcast_to(np.float32([-128.0, 0.1, 127.0]), (48, 80, 3))
-    np.testing.assert_array_equal(filtered(image, random_turn(1)), image)
+    image = np.broadcast_to([0.0, 127, 255], (48, 80, 3))
+    matrix = make_conformance.random_lapping(1)
+    np.testing.assert_allclose(filtered(image, matrix), image, rtol=0, atol=1e-3)
     block = drawn(2, 1, 1)
     block = np.concatenate([block, block[::-1], block])
     image = np.concatenate([block, block[:, ::-1], block, block[:, ::-1]], axis=1)
-    np.testing.assert_array_equal(filtered(image, random_turn(3)), image)
+    np.testing.assert_allclose(filtered(image, matrix), image, rtol=0, atol=1e-3)
 
 
 def test_one_row_or_column_of_blocks_has_borders_one_way() -> None:
     """Lines along a border that is none are filtered each by itself."""
+    matrix = make_conformance.random_lapping(5)
     for shape in ((1, 6), (6, 1)):
         image = drawn(4, *shape)
-        found = filtered(image, random_turn(5))
+        found = filtered(image, matrix)
         for i in range(16):
             line = np.s_[i : i + 1] if shape[0] == 1 else np.s_[:, i : i + 1]
             alone = np.zeros_like(image)
             alone[line] = image[line]
-            np.testing.assert_allclose(
-                filtered(alone, random_turn(5))[line], found[line], atol=1e-3
-            )
-    np.testing.assert_array_equal(filtered(drawn(6, 1, 1), random_turn(5)), drawn(6, 1, 1))
+            np.testing.assert_allclose(filtered(alone, matrix)[line], found[line], atol=1e-3)
+    image = drawn(6, 1, 1)
+    np.testing.assert_allclose(filtered(image, matrix), image, rtol=0, atol=1e-3)
 
 
 def test_eight_samples_to_either_side_of_a_border_change_and_no_others() -> None:
-    image = np.zeros((16, 48, 3), np.float32)
+    image = np.zeros((16, 48, 3))
     image[3, 13, 1] = 100  # two away from the first border
-    changed = np.argwhere(filtered(image, random_turn(7)) != image)
+    found = filtered(image, make_conformance.random_lapping(7))
+    changed = np.argwhere(np.abs(found - image) > 1e-3)
     assert set(changed[:, 0]) == {3} and set(changed[:, 2]) == {1}
     assert set(changed[:, 1]) == set(range(8, 24))
 
 
-def test_line_weights_are_the_matrix_in_the_order_of_a_line() -> None:
-    """(8, 24): left of a border the farthest sample comes first, and colours are interleaved."""
-    turn = random_turn(8)
-    weights = line_weights(turn)
-    assert weights.shape == (8, 24) and weights.dtype == np.float32
-    assert weights.flags.c_contiguous
-    for k in range(8):
-        for i in range(8):
-            for c in range(3):
-                assert weights[k, 3 * i + c] == turn[7 - i, 7 - k]
-    odd = np.random.default_rng(9).standard_normal(8)
-    np.testing.assert_allclose(odd @ weights[:, ::3], (turn @ odd[::-1])[::-1])
+def test_the_matrix_of_a_line_is_the_filter() -> None:
+    """(16, 16): left of a border the farthest sample comes first."""
+    matrix = make_conformance.random_lapping(8)
+    line = border_matrix(matrix)
+    assert line.shape == (16, 16) and line.dtype == np.float32
+    assert line.flags.c_contiguous
+    image = drawn(9, 1, 2)
+    expected = lapped(image, matrix)[:, 8:24]
+    found = np.einsum("rkp,kn->rnp", image[:, 8:24], line.astype(float))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(border_matrix(np.eye(8)), np.eye(16))
 
 
-# -- encoders: pixels to blocks --
+# -- encoders: pixels to planes --
 
 
 @pytest.fixture(scope="module")
@@ -179,20 +203,19 @@ def file(vector: Callable[[str], bytes]) -> bytes:
 @example(height=1, width=1, seed=0)
 @example(height=16, width=33, seed=0)
 @example(height=17, width=16, seed=0)
-def test_blocks_of_encoders_are_filtered_by_the_transpose(
+def test_planes_of_encoders_are_filtered_by_the_transpose(
     file: bytes, height: int, width: int, seed: int
 ) -> None:
     """The last row and column repeat where blocks reach past the cell, before the filter."""
     model = load_decoder(file, fused=False)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     whole = np.pad(pixels, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="edge")
-    rows, columns = len(whole) // 16, whole.shape[1] // 16
-    expected = lapped(whole - 128.0, model.lapping.T).reshape(rows, 16, columns, 16, 3)
-    expected = expected.transpose(1, 3, 4, 0, 2).reshape(768, -1)
-    shape = CellShape(height, width)
+    planes = (whole - 128.0 - model.mean) @ np.linalg.inv(model.colours.astype(float)).T
+    expected = lapped(planes, model.lapping.T)
     larger = np.pad(pixels, ((0, 1), (2, 3), (0, 0)))
     for view in (pixels, np.asfortranarray(pixels), larger[:height, 2 : 2 + width]):
-        np.testing.assert_allclose(blocks_of(view, shape, model), expected, rtol=0, atol=1e-3)
+        found = planes_of(view, model, height, width)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
 
 
 # -- decoders: tiles to pixels --
@@ -201,29 +224,34 @@ def test_blocks_of_encoders_are_filtered_by_the_transpose(
 @settings(max_examples=25, deadline=None)
 @given(
     height=st.integers(1, 70), width=st.integers(1, 180), gain=st.integers(0, 255),
-    seed=st.integers(0, 999),
+    seed=st.integers(0, 999), turn=st.tuples(*[st.integers(-128, 127)] * 3),
 )  # fmt: skip
-@example(height=16, width=16 * 9, gain=150, seed=0)
-@example(height=16 * 9, width=16, gain=150, seed=0)
-@example(height=33, width=129, gain=255, seed=0)
-def test_both_decoders_agree_on_any_size(
-    file: bytes, height: int, width: int, gain: int, seed: int
+@example(height=16, width=16 * 9, gain=150, seed=0, turn=(0, 0, 0))
+@example(height=16 * 9, width=16, gain=150, seed=0, turn=(-128, 127, -128))
+@example(height=33, width=129, gain=255, seed=0, turn=(1, 2, 3))
+def test_both_decoders_agree_on_any_size_and_turn(
+    file: bytes, height: int, width: int, gain: int, seed: int, turn: Any
 ) -> None:
-    data = make_conformance.Learned(height, width, gain, 2, picture=seed).tile(file)
-    expected = second_decoder.decode(data, [file]).pixels.astype(int)
-    error = np.abs(wsicodec.decode(data) - expected)
+    case = make_conformance.Learned(height, width, gain, 2, picture=seed, turns=(turn,))
+    data = case.tile(file)
+    second = second_decoder.decode(data, [file])
+    assert second.free is not None and not second.free.any()
+    error = np.abs(wsicodec.decode(data) - second.pixels.astype(int))
     assert error.max() <= 2 and (error > 1).mean() <= 0.001
 
 
 def test_a_batch_of_lapped_tiles_decodes_like_single_ones(file: bytes) -> None:
-    cases = [make_conformance.Learned(40, 56, 150, 2, picture=k) for k in range(5)]
+    cases = [
+        make_conformance.Learned(40, 56, 150, 2, picture=k, turns=((k, -7 * k, 30 * k),))
+        for k in range(5)
+    ]
     tiles = [case.tile(file) for case in cases]
     batch = wsicodec.decode_batch(tiles, threads=2)
     for one, tile in zip(batch, tiles, strict=True):
         np.testing.assert_array_equal(one, wsicodec.decode(tile))
 
 
-# -- encoders and decoders: a model with a whole basis --
+# -- encoders and decoders: a model of all channels --
 
 
 def no_layer(outputs: int, inputs: int, value: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,17 +259,19 @@ def no_layer(outputs: int, inputs: int, value: int) -> tuple[np.ndarray, np.ndar
     return weight, np.full(outputs, value), np.zeros(outputs, int)
 
 
-def whole_basis() -> np.ndarray:
-    """(768, 768): cosines of all frequencies, the lowest first, in an orthonormal colour space."""
-    n = np.arange(16)
-    waves = np.cos(np.pi * np.outer(n, n + 0.5) / 16) / np.sqrt(8)
-    waves[0] /= np.sqrt(2)
-    colours = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
-    basis = np.einsum("ia,jb,kc->ijkabc", waves, waves, colours).reshape(768, 768)
-    return basis[np.argsort(np.add.outer(n, n).repeat(3), kind="stable")]
+def whole_colours() -> np.ndarray:
+    """(3, 3): an orthonormal colour space, brightness last."""
+    axes = np.array([[1, -1, 0], [1, 1, -2], [1, 1, 1]]) / np.sqrt([[2], [6], [3]])
+    return axes.T
 
 
-def whole_decoder(lapping: np.ndarray | None) -> bytes:
+def whole_order() -> np.ndarray:
+    """(768,): all places, those of low frequencies first, planes mixed."""
+    place = np.arange(768)
+    return np.argsort(place // 16 % 16 + place % 16 + (place // 256) / 2, kind="stable")
+
+
+def whole_decoder(lapping: np.ndarray) -> bytes:
     """A decoder model of 768 channels whose networks say the same everywhere."""
     h = GraphBuilder("hyper")
     x = h.integer_conv("z", no_layer(4, 2, 100), (0, 255))
@@ -259,23 +289,24 @@ def whole_decoder(lapping: np.ndarray | None) -> bytes:
         graphs[f"stage{k}"] = s.finish(seen, {"class": (UINT8, grid(count))})
     c = GraphBuilder("chain")
     centre = np.uint8(128)
-    x = c.quantised_conv("context", no_layer(768, 5, 0), (-3, centre), (-2, centre))
+    x = c.quantised_conv("context", no_layer(4, 5, 0), (-3, centre), (-2, centre))
     c.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     graphs["chain"] = c.finish(
-        {"context": (UINT8, grid(5))}, {"correction": (UINT8, ["batch", "rows", "columns", 768])}
+        {"context": (UINT8, grid(5))}, {"correction": (UINT8, ["batch", "rows", "columns", 4])}
     )
     architecture = {
         "block": 16, "stages": [[0, 4, 0], [4, 764, 0]], "mean_stages": 0, "context_channels": 4,
-        "z_channels": 2, "hyper": 1, **({} if lapping is None else {"lapped": 1}),
+        "z_channels": 2, "hyper": 1,
     }  # fmt: skip
     tensors = {
         **container.parse(make_conformance.smallest_decoder()).tensors,
         "z_classes": np.full((256, 2), 16, np.uint8),
         "context_factor": np.full(4, 2**10, np.int32),
         "inverse_gain": np.ones(768, np.float32),
-        "basis": whole_basis().astype(np.float16),
-        "mean": np.zeros(768, np.float32),
-        **({} if lapping is None else {"lapping": np.asarray(lapping, np.float32)}),
+        "order": whole_order().astype(np.uint16),
+        "colours": whole_colours().astype(np.float32),
+        "mean": np.array([3, -5, 7], np.float32),
+        "lapping": np.asarray(lapping, np.float32),
     }
     header = {"kind": "decoder", "name": "whole", "architecture": architecture}
     return container.pack(header, graphs, tensors)
@@ -287,7 +318,7 @@ def whole_encoder(decoder: bytes) -> bytes:
     none, one = np.zeros(1, np.float32), np.zeros((1, 1, 1, 1), np.float32)
     weight, bias = a.constant(one, "w"), a.constant(none, "b")
     a.add("Conv", "linear", weight, bias, kernel_shape=[1, 1], output="correction")
-    blocks = {"blocks": (FLOAT, grid(768)), "linear": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}
+    linear = {"linear": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}
     h = GraphBuilder("hyper_analysis")
     x = h.add("Concat", "y", "plane", axis=1)
     weight, bias = h.constant(np.zeros((1, 5, 2, 2), np.float32), "w"), h.constant(none, "b")
@@ -299,11 +330,10 @@ def whole_encoder(decoder: bytes) -> bytes:
             "step_strength": 0.0, "lagrange": 6.0,
         },
         {
-            "analysis": a.finish(blocks, {"correction": (FLOAT, grid(1))}),
+            "analysis": a.finish(linear, {"correction": (FLOAT, grid(1))}),
             "hyper_analysis": h.finish(y, {"z": (FLOAT, grid(1, "z_rows", "z_columns"))}),
         },
         {
-            "colour_gram": np.eye(3, dtype=np.float32),
             "quality_gain": np.linspace(8, 255, 100).astype(np.uint8),
             "stage_gain": np.zeros(2, np.uint8),
         },
@@ -314,8 +344,8 @@ def whole_encoder(decoder: bytes) -> bytes:
 def whole(lapping: str) -> tuple[DecoderModel, EncoderModel, bytes]:
     """lapping: none, start, its transpose, or random."""
     turn = {
-        "none": None, "start": lapped_start(), "transpose": lapped_start().T,
-        "random": random_turn(10),
+        "none": np.eye(8), "start": lapped_start(), "transpose": lapped_start().T,
+        "random": make_conformance.random_lapping(10),
     }[lapping]  # fmt: skip
     decoder = whole_decoder(turn)
     return load_decoder(decoder), load_encoder(whole_encoder(decoder)), decoder
@@ -410,7 +440,8 @@ def test_a_flat_tile_stays_flat(lapping: str, colour: tuple[int, int, int]) -> N
     image = np.full((70, 90, 3), colour, np.uint8)
     for gain in (64, 96, FINEST):
         decoded = coded(image, lapping, gain)
-        assert np.abs(decoded - image).max() <= 1
+        # a filter that is made for nothing adds up the errors of neighbours
+        assert np.abs(decoded - image).max() <= (2 if lapping == "random" else 1)
         border, within = steps_of_error(decoded, image)
         assert border < 0.5 and within < 0.1
 
@@ -435,10 +466,10 @@ def test_training_and_kernels_filter_alike() -> None:
     torch = pytest.importorskip("torch", reason="the train extra is not installed")
     from tools.train.lapping import border_filter, lap, lapped_transform_start, odd_part
 
-    odd = torch.from_numpy(random_turn(12).astype(np.float64))
+    odd = torch.from_numpy(make_conformance.random_lapping(12).astype(np.float64))
     border = border_filter(odd)
     turn = odd_part(border).T.float().numpy()  # tools.export.model.decoder_file
-    np.testing.assert_allclose(turn, random_turn(12).T, atol=1e-6)
+    np.testing.assert_allclose(turn, make_conformance.random_lapping(12).T, atol=1e-6)
     image = drawn(13, 3, 4)
     x = torch.from_numpy(image.transpose(2, 0, 1)).double()
     for matrix, filter_ in ((turn.T, border), (turn, border.T)):  # encoder, decoder

@@ -36,7 +36,7 @@ def test_unknown_models_are_named(elsewhere: Path) -> None:
 
 
 def test_an_installed_model_decodes(elsewhere: Path, tiny_file: bytes, vector) -> None:
-    tile = vector("decode/learned-64x48-gain0.tile")
+    tile = vector("decode/learned-64x48-gain0-turned.tile")
     with pytest.raises(UnknownModelError, match="not installed"):
         wsicodec.decode(tile)
     record = install_model(tiny_file)

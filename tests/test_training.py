@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -19,8 +20,10 @@ torch = pytest.importorskip("torch", reason="the train extra is not installed")
 PIL_Image = pytest.importorskip("PIL.Image", reason="the train extra is not installed")
 
 from tools.export.fit import count_symbols
+from tools.export.graphs import analysis_graph, chain_graph, hyper_analysis_graph
 from tools.export.model import decoder_file, encoder_file, hyper_classes, quality_gains
 from tools.train import __main__ as training
+from tools.train.colours import colour_matrix
 from tools.train.dependent import LANES, DependentSearch, dependent_bits
 from tools.train.images import (
     CropSettings,
@@ -32,26 +35,25 @@ from tools.train.images import (
     write_pack,
 )
 from tools.train.integer import ACCUMULATOR_BOUND, IntegerConv
-from tools.train.klt import block_klt, colour_matrix
-from tools.train.lapping import border_filter, lapped_transform_start
+from tools.train.lapping import border_filter, lapped_transform_start, odd_part
 from tools.train.loader import Loader
 from tools.train.losses import ssim_luma
 from tools.train.machine import Machine
-from tools.train.network import TileNetwork, adaptive_steps
+from tools.train.network import TileNetwork, adaptive_steps, gain_of
 from tools.train.run import Run, averaged, save
 from tools.train.settings import NetworkSettings, TrainSettings
 from tools.train.shipped import state_of_model
 from tools.train.tables import MAX_RADIUS, TABLE_CLASSES, fitted_tables, normal_weights, scale_of
-from tools.train.warmstart import (
-    TRANSFORM,
-    layers_of,
-    match_channels,
-    stage_sources,
-    warm_start,
-)
+from tools.train.transform import band_statistics, bands_of, planes_of, turned, turns_of
+from tools.train.warmstart import TRANSFORM, layers_of, stage_sources, warm_start
 from wsicodec.codec.adaptive import adaptive_steps as runtime_steps
+from wsicodec.codec.colours import TURN_STEP, best_turn, rotation
+from wsicodec.codec.network import decode_tile, encode_tile
 from wsicodec.entropy.trellis import split_levels
 from wsicodec.metrics import ssim
+from wsicodec.models import container
+from wsicodec.models.decoder import load_decoder
+from wsicodec.models.encoder import load_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,14 +100,6 @@ def test_gradients_pass_the_roundings() -> None:
     x = torch.full((1, 4, 2, 2), 1.0, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and x.grad is not None
-
-
-def test_the_klt_orders_and_inverts(pixels: np.ndarray) -> None:
-    sampler = Sampler([Source("a", [pixels])], 128, 0)
-    basis, variance, _ = block_klt(sampler, 8, 0.6, crops=40)
-    assert (np.diff(variance) <= 1e-6 * variance[0]).all()
-    gram = np.kron(colour_matrix(0.6).T @ colour_matrix(0.6), np.eye(64))
-    np.testing.assert_allclose(np.linalg.inv(basis).T @ gram, basis, atol=1e-6)
 
 
 def test_losses_and_steps_are_those_of_the_package(pixels: np.ndarray) -> None:
@@ -198,6 +192,168 @@ def test_tables_follow_the_levels() -> None:
     np.testing.assert_array_equal(search.tables.bits[10], before.bits[10])
 
 
+# -- the transform --
+
+
+def cosine(u: int, i: int) -> float:
+    """D of docs/format.md, "Pixels"."""
+    return 0.25 if u == 0 else (1 / 8) ** 0.5 * np.cos(np.pi * (2 * i + 1) * u / 32)
+
+
+def lap_as_written(plane: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """``lap`` of docs/format.md along the columns and the rows of a plane."""
+    for image in (plane, plane.T):
+        for border in range(16, len(image), 16):
+            a, b = image[border - 8 : border][::-1], image[border : border + 8]  # views
+            change = 0.5 * matrix @ (a - b) - 0.5 * (a - b)
+            a += change
+            b -= change
+    return plane
+
+
+def pixels_as_written(tensors: dict[str, Any], y: np.ndarray, turn: Any) -> np.ndarray:
+    """``rgb`` of docs/format.md, "Pixels", of latents y (channels, rows, columns)."""
+    rows, columns = y.shape[1:]
+    d = np.array([[cosine(u, i) for i in range(16)] for u in range(16)])
+    bands = np.zeros((768, rows, columns))
+    bands[tensors["order"]] = y
+    blocks = np.einsum("ui,puwrc,wj->pricj", d, bands.reshape(3, 16, 16, rows, columns), d).reshape(
+        3, 16 * rows, 16 * columns
+    )
+    planes = np.stack([lap_as_written(p, tensors["lapping"].astype(float)) for p in blocks])
+    turning = np.eye(3)
+    for (i, j), units in zip(((0, 1), (0, 2), (1, 2)), turn, strict=True):
+        g = np.eye(3)
+        g[i, i] = g[j, j] = np.cos(units * np.pi / 256)
+        g[i, j], g[j, i] = np.sin(units * np.pi / 256), -np.sin(units * np.pi / 256)
+        turning = g @ turning
+    mixed = np.einsum("ij,jrc->irc", tensors["colours"].astype(float) @ turning.T, planes)
+    return mixed + tensors["mean"].astype(float)[:, None, None]
+
+
+@pytest.mark.parametrize("lapped", [False, True])
+def test_bands_are_cosines_and_planes_their_inverse(lapped: bool) -> None:
+    torch.manual_seed(0)
+    border = border_filter(lapped_transform_start()).float() if lapped else None
+    planes = 40 * torch.randn(2, 3, 48, 64)
+    bands = bands_of(planes, border)
+    assert bands.shape == (2, 3, 256, 3, 4)
+    torch.testing.assert_close(planes_of(bands, border), planes, rtol=0, atol=1e-3)
+    torch.testing.assert_close((bands**2).sum(), (planes**2).sum())
+    # one coefficient alone is its cosine: plane 1, frequency (3, 5) of the block in the middle
+    one = torch.zeros(1, 3, 256, 3, 3)
+    one[0, 1, 16 * 3 + 5, 1, 1] = 1
+    image = planes_of(one, border)[0]
+    assert not image[0].any() and not image[2].any()
+    expected = np.zeros((48, 48))
+    expected[16:32, 16:32] = [[cosine(3, i) * cosine(5, j) for j in range(16)] for i in range(16)]
+    if border is not None:
+        lap_as_written(expected, odd_part(border).T.numpy())
+    np.testing.assert_allclose(image[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("lapped", [False, True])
+@pytest.mark.parametrize("turn", [(0, 0, 0), (-77, 31, 120)])
+def test_synthesis_is_the_formats(
+    pixels: np.ndarray, lapped: bool, turn: tuple[int, int, int]
+) -> None:
+    """... of the tensors of an exported decoder; of the leading latents alone, too."""
+    net = network_of(pixels, 1, lapped=lapped)
+    header = {"name": "tiny"}
+    file = container.parse(decoder_file(net, header, net.search.tables, hyper_classes(net)))
+    assert set(file.header["architecture"]) == {
+        "block", "stages", "mean_stages", "context_channels", "z_channels", "hyper"
+    }  # fmt: skip
+    kinds = {k: (v.dtype.name, v.shape) for k, v in file.tensors.items()}
+    assert kinds["order"] == ("uint16", (56,)) and kinds["colours"] == ("float32", (3, 3))
+    assert kinds["mean"] == ("float32", (3,)) and kinds["lapping"] == ("float32", (8, 8))
+    assert (file.tensors["lapping"] == np.eye(8)).all() != lapped
+    y = 30 * torch.randn(1, 56, 2, 3)
+    turns = torch.from_numpy(rotation(turn)).float()[None]
+    for count in (56, 16):
+        got = net.synthesise(y[:, :count], turns)[0].numpy()
+        whole = np.where(np.arange(56)[:, None, None] < count, y[0].numpy(), 0).astype(float)
+        np.testing.assert_allclose(got, pixels_as_written(file.tensors, whole, turn), atol=2e-3)
+
+
+def test_turns_are_orthogonal_and_leave_independent_planes_alone(pixels: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    colours = torch.from_numpy(colour_matrix(0.75)).float()
+    x = torch.einsum("ij,njhw->nihw", colours, batch_of(pixels[:128, :192]))
+    bands = bands_of(x, None)
+    turns = turns_of(bands)
+    assert not torch.equal(turns[0], torch.eye(3))
+    torch.testing.assert_close(turns @ turns.transpose(1, 2), torch.eye(3)[None])
+    there = turned(bands, turns)
+    torch.testing.assert_close(turned(there, turns.transpose(1, 2)), bands, rtol=0, atol=1e-2)
+    torch.testing.assert_close((there**2).sum((1, 3, 4)), (bands**2).sum((1, 3, 4)))
+
+    def bits(bands: Any) -> float:  # of normal frequencies, but for the mean colour
+        spread = bands.flatten(3)[:, :, 1:].var(3, correction=0)
+        return float(torch.log2(1 + spread / (0.2 * 18.0**2)).sum())
+
+    assert bits(there) < 0.98 * bits(bands)
+    # planes of which each is alone where it is not zero share nothing
+    alone = torch.zeros(2, 3, 256, 2, 4)
+    for plane, (a, b) in enumerate(((0, 1), (2, 3), (5, 6))):
+        size = torch.from_numpy(rng.exponential(60, (2, 256))).float()
+        alone[:, plane].flatten(2)[..., a] = size
+        alone[:, plane].flatten(2)[..., b] = -size
+    assert torch.equal(turns_of(alone), torch.eye(3).expand(2, 3, 3))
+    # mixed, they are found again
+    mixed = turned(alone, torch.from_numpy(rotation((20, -35, 50))).float().expand(2, 3, 3))
+
+    def shared(bands: Any) -> float:
+        flat = bands.flatten(3)[:, :, 1:].transpose(1, 2)
+        covariance = flat @ flat.transpose(2, 3)
+        return float((covariance * (1 - torch.eye(3))).abs().sum() / covariance.abs().sum())
+
+    assert shared(mixed) > 0.3 and shared(turned(mixed, turns_of(mixed))) < 0.03
+
+
+@pytest.mark.parametrize("lapped", [False, True])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_synthesis_undoes_the_linear_transform(
+    pixels: np.ndarray, lapped: bool, is_turned: bool
+) -> None:
+    net = network_of(pixels, 1, **{**ALL, "lapped": lapped, "turned": is_turned})
+    x = torch.cat([batch_of(pixels[:96, :128]), batch_of(pixels[300:396, 200:328])])
+    y, turns = net.linear_latents(x)
+    assert y.shape == (2, 768, 6, 8)
+    assert is_turned != torch.equal(turns, torch.eye(3).expand(2, 3, 3))
+    assert float((net.synthesise(y, turns) - x).abs().max()) < 0.01
+    # the turn is the one that an encoder chooses, by all frequencies but the mean colour
+    if is_turned:
+        planes = np.einsum("ij,njhw->nihw", net.colours.numpy(), x - net.mean.view(3, 1, 1))
+        bands = bands_of(torch.from_numpy(planes), net.border if lapped else None)
+        flat = bands[1, :, 1:].flatten(2).double().numpy().transpose(1, 0, 2)
+        flat = flat - flat.mean(2, keepdims=True)
+        found = best_turn(flat @ flat.transpose(0, 2, 1) / 48, TURN_STEP)
+        np.testing.assert_allclose(turns[1], rotation(found), atol=1e-6)
+
+
+def test_the_spread_of_bands_is_measured_turned_or_not(pixels: np.ndarray) -> None:
+    """The mean of crops' squared bands; turning keeps their sum over planes."""
+    colours = torch.from_numpy(colour_matrix(0.75)).float()
+    (plain, mean), (at_step, same) = (
+        band_statistics(Sampler([Source("a", [pixels])], 128, 3), colours, None, turning, crops=5)
+        for turning in (False, True)
+    )
+    assert torch.equal(mean, same) and plain.shape == at_step.shape == (768,)
+    images = [Sampler([Source("a", [pixels])], 128, 3)]
+    crops = [torch.from_numpy(images[0].batch(1)).float() - 128 for _ in range(5)]
+    torch.testing.assert_close(mean, torch.cat(crops).mean((0, 2, 3)))
+    bands = [
+        bands_of(torch.einsum("ij,njhw->nihw", colours, x - mean.view(3, 1, 1)), None)
+        for x in crops
+    ]
+    expected = (torch.cat(bands) ** 2).mean((0, 3, 4)).flatten()
+    torch.testing.assert_close(plain.float(), expected, rtol=1e-4, atol=1e-3)
+    sums = [v.view(3, 256).sum(0) for v in (plain, at_step)]
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(plain, at_step, rtol=0.01)
+
+
 # -- networks that begin with another's weights --
 
 
@@ -209,29 +365,29 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+ALL: dict[str, Any] = {
+    **TINY, "stages": ((0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 12, 0), (16, 752, 0)),
+    "context_channels": 16,
+}  # fmt: skip
+"""Every band of frequencies is a latent."""
+
+
 @functools.cache
-def transform(data: bytes, seed: int, chroma_weight: float) -> tuple[np.ndarray, ...]:
-    """The KLT of a few blocks of the bundled slide."""
+def statistics(data: bytes, seed: int, lapped: bool, turning: bool) -> tuple[Any, Any, Any, Any]:
+    """(variance, mean, colours, border) of a few crops of the bundled slide."""
     pixels = np.frombuffer(data, np.uint8).reshape(768, 768, 3)
-    return block_klt(Sampler([Source("a", [pixels])], 128, seed), 16, chroma_weight, crops=10)
-
-
-def begin_with(net: TileNetwork, pixels: np.ndarray, seed: int, chroma_weight: float) -> None:
-    """Give a network a transform. The inverse of all components takes a second; these do not."""
-    basis, variance, mean = transform(pixels.tobytes(), seed, chroma_weight)
-    c = net.settings.latent_channels
-    border = border_filter(lapped_transform_start()).numpy() if net.settings.lapped else None
-    net.start_from_klt(basis[:c], variance, mean, border)
-    colours = colour_matrix(chroma_weight)
-    inverse = np.kron(np.linalg.inv(colours.T @ colours), np.eye(256)) @ basis[:c].T
-    net.inverse.copy_(torch.from_numpy(inverse))
+    sampler = Sampler([Source("a", [pixels])], 128, seed)
+    colours = torch.from_numpy(colour_matrix(0.6)).float()
+    border = border_filter(lapped_transform_start()).float() if lapped else None
+    return (*band_statistics(sampler, colours, border, turning, crops=10), colours, border)
 
 
 def network_of(pixels: np.ndarray, seed: int, **changes: Any) -> TileNetwork:
     """A network whose layers all have an effect."""
     torch.manual_seed(seed)
     net = TileNetwork(NetworkSettings(**{**TINY, **changes}))
-    begin_with(net, pixels, seed, 0.6)
+    turning = net.settings.turned
+    net.start(*statistics(pixels.tobytes(), seed, net.settings.lapped, turning))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if not parameter.any() and name.endswith("weight"):
@@ -243,27 +399,28 @@ def network_of(pixels: np.ndarray, seed: int, **changes: Any) -> TileNetwork:
 
 
 def begun_from(
-    net: TileNetwork, pixels: np.ndarray, new_basis: bool = False, **changes: Any
+    net: TileNetwork, pixels: np.ndarray, **changes: Any
 ) -> tuple[TileNetwork, list[str]]:
     """Another network that took over a network's weights, and its layers that began afresh."""
     other = network_of(pixels, 99, **{**net.settings.to_dict(), **changes})
-    old, new = net.state_dict(), other.state_dict()
-    channels = match_channels(net.settings, old, other.settings, new) if new_basis else None
-    state, afresh = warm_start(net.settings, old, other.settings, new, channels)
+    state, afresh = warm_start(net.settings, net.state_dict(), other.settings, other.state_dict())
     other.load_state_dict(state)
     return other, afresh
 
 
-def nearest(r: Any, classes: Any) -> Any:
-    """Instead of a search, whose path depends on the order of channels: the nearest whole steps."""
-    return 2 * torch.round(r) * (classes > 0), torch.zeros_like(r)
+def batch_of(image: np.ndarray) -> Any:
+    """RGB - 128 of one image, (1, 3, rows, columns)."""
+    return torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32)) - 128
 
 
 @torch.no_grad()
-def outputs(net: TileNetwork, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def outputs(
+    net: TileNetwork, pixels: np.ndarray, stages: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     net.eval()
-    x = torch.from_numpy(pixels[:96, :128].transpose(2, 0, 1)[None].astype(np.float32)) - 128
-    x_hat, rates = net(x, torch.tensor([110.0]), torch.tensor([0.7]))
+    x_hat, rates = net(
+        batch_of(pixels[:96, :128]), torch.tensor([110.0]), torch.tensor([0.7]), stages
+    )
     return x_hat.numpy(), rates.total.numpy()
 
 
@@ -317,10 +474,11 @@ def test_wider_networks_begin_as_the_narrow_one(
         a, b = outputs(old, pixels), outputs(new, pixels)
         np.testing.assert_allclose(a[0], b[0], atol=1e-3)
         assert a[1] < b[1] < a[1] + 0.02
-    elif "analysis_channels" in changes:  # rows of more latents are the new network's
-        with torch.no_grad():
-            new.analysis_out.weight[24:].zero_()
-            new.analysis_out.bias[24:].zero_()
+    elif "analysis_channels" in changes or "context_channels" in changes:
+        with torch.no_grad():  # rows of more latents are the new network's
+            for layer, first in ((new.analysis_out, 24), (new.chain_out, 48)):
+                layer.weight[first:].zero_()
+                layer.bias[first:].zero_()
         assert_same_outputs(old, new, pixels)
     else:
         assert_same_outputs(old, new, pixels)
@@ -401,6 +559,10 @@ def test_layers_without_a_counterpart_begin_afresh_with_what_reads_them_silent(
     stages = (*TINY["stages"][:4], (16, 20, 0), (36, 12, 0), (48, 8, 0))
     new, afresh = begun_from(old, pixels, stages=stages)
     assert {name.split(".")[1] for name in afresh} == {"4", "5"}
+    scale = new.stages[4].scale  # begins at the spread of the old network's latents
+    assert (scale.weight[:, -1] == 1).all()
+    octaves = torch.log2(old.deviation[16:36]) - scale.bias
+    torch.testing.assert_close(octaves, octaves[:1].expand(20), rtol=0, atol=1e-5)
     # a stage that did not reduce its context begins to: no column of the old middle reads it
     few = {**TINY, "context_channels": 32}
     old = network_of(pixels, 1, **few)
@@ -420,63 +582,23 @@ def test_every_weight_has_a_place_in_warm_starts() -> None:
 
 def test_a_transform_that_does_not_fit_is_refused(pixels: np.ndarray) -> None:
     old = network_of(pixels, 1)
-    with pytest.raises(ValueError, match="--new-basis"):
-        begun_from(old, pixels, lapped=True)
-    wide = (*TINY["stages"][:5], (48, 16, 0))
-    with pytest.raises(ValueError, match="--new-basis"):
-        begun_from(old, pixels, stages=wide)
-    new, afresh = begun_from(old, pixels, new_basis=True, stages=wide)
-    assert afresh == [f"stages.5.{k}" for k in ("context", "middle", "reduce", "scale")]
-    assert new.basis.shape == (64, 768)
+    for changes in ({"lapped": True}, {"turned": False}):
+        with pytest.raises(ValueError, match="transform is another"):
+            begun_from(old, pixels, **changes)
+    with pytest.raises(ValueError, match="has 56 latents, not 64"):
+        begun_from(old, pixels, stages=(*TINY["stages"][:5], (48, 16, 0)))
+    klt = {k: v for k, v in old.state_dict().items() if k not in ("order", "colours")}
+    klt |= {"basis": torch.zeros(56, 768), "inverse": torch.zeros(768, 56)}
+    with pytest.raises(ValueError, match="no 'order'"):
+        warm_start(old.settings, klt, old.settings, old.state_dict())
 
 
-@pytest.mark.parametrize("lapped", [False, True])
-def test_latents_may_change_places_and_signs(pixels: np.ndarray, lapped: bool) -> None:
-    """A network on its own transform, its channels shuffled within stages, some of them negated."""
-    old = network_of(pixels, 1, lapped=lapped)
-    new = network_of(pixels, 99, lapped=lapped)
-    rng = np.random.default_rng(3)
-    ranges = ((0, 4), (4, 16), (16, 24), (24, 48), (48, 56))  # of stages, contexts and analysis
-    order = np.concatenate([a + rng.permutation(b - a) for a, b in ranges])
-    sign = rng.choice([-1.0, 1.0], len(order))
-    flip = torch.from_numpy(sign).float()
-    new.basis.copy_(old.basis[order] * flip[:, None])
-    new.inverse.copy_(old.inverse[:, order] * flip)
-    new.deviation.copy_(old.deviation[order])
-    new.mean.copy_(old.mean)
-    new.border.copy_(old.border)
-    channels = match_channels(old.settings, old.state_dict(), new.settings, new.state_dict())
-    np.testing.assert_array_equal(channels.source, order)
-    np.testing.assert_array_equal(channels.sign, sign)
-    np.testing.assert_allclose(channels.likeness, 1)
-    state, afresh = warm_start(
-        old.settings, old.state_dict(), new.settings, new.state_dict(), channels
-    )
+def test_a_network_of_fewer_latents_keeps_the_strongest(pixels: np.ndarray) -> None:
+    old = network_of(pixels, 1)
+    new, afresh = begun_from(old, pixels, stages=TINY["stages"][:5])
     assert not afresh
-    new.load_state_dict(state)
-    before = outputs(old, pixels), outputs(new, pixels)
-    np.testing.assert_allclose(before[1][1], before[0][1], rtol=0.01)  # the search's path differs
-    for net in (old, new):
-        net.search = nearest
-    assert_same_outputs(old, new, pixels)
-
-
-def test_a_new_transform_keeps_its_own_numbers(pixels: np.ndarray) -> None:
-    """Another colour weight: the buffers are the new network's, scales follow the spread."""
-    old, new = network_of(pixels, 1), network_of(pixels, 99)
-    begin_with(new, pixels, 5, 0.8)
-    fresh = {k: v.clone() for k, v in new.state_dict().items()}
-    channels = match_channels(old.settings, old.state_dict(), new.settings, fresh)
-    assert sorted(channels.source) == list(range(56)) and channels.likeness.mean() > 0.4
-    state, _ = warm_start(old.settings, old.state_dict(), new.settings, fresh, channels)
-    for name in ("basis", "inverse", "mean", "deviation", "border"):
-        assert torch.equal(state[name], fresh[name])
-    octaves = torch.log2(fresh["deviation"] / old.deviation[channels.source])
-    moved = state["stages.4.scale.bias"] - old.stages[4].scale.bias[channels.source[16:48] - 16]
-    torch.testing.assert_close(moved, octaves[16:48], rtol=0, atol=1e-5)
-    new.load_state_dict(state)
-    bits = [float(outputs(net, pixels)[1][0]) for net in (old, new)]
-    assert bits[1] < 1.3 * bits[0]
+    assert torch.equal(new.order, old.order[:48]) and torch.equal(new.deviation, old.deviation[:48])
+    np.testing.assert_allclose(outputs(new, pixels, 5)[0], outputs(old, pixels, 5)[0], atol=1e-3)
 
 
 def test_stages_of_a_wider_network_agree(pixels: np.ndarray) -> None:
@@ -657,15 +779,13 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(pixels: np.ndarray, tmp_path
     # with another seed it goes elsewhere from there
     third = Run(TrainSettings(seed=5), net.settings)
     third.resume(torch.load(tmp_path / "net.pt", weights_only=True))
-    assert not np.array_equal(third.rates(4)[1], first.rates(4)[1])
+    assert not np.array_equal(third.rates(4)[2], first.rates(4)[2])
 
 
-def test_checkpoints_without_all_parts_go_on(pixels: np.ndarray) -> None:
-    """Averages, and checkpoints of earlier versions."""
+def test_averages_of_checkpoints_go_on(pixels: np.ndarray) -> None:
     run = run_of(network_of(pixels, 1))
     run.one_step([crops(pixels, 2)], 0.0)
     mean = averaged([run.state()] * 2)
-    del mean["average"]["border"]
     other = Run(TrainSettings(), run.net.settings)
     other.resume(mean)
     assert other.step == 1
@@ -689,6 +809,64 @@ def test_batches_with_outlying_gradients_are_skipped(pixels: np.ndarray) -> None
     assert np.isfinite(run.norms["low"]).all()
 
 
+def test_some_low_rates_are_coded_with_the_last_stage(pixels: np.ndarray) -> None:
+    """... from the gain on at which encoders may; what low rates leave out gets no gradient."""
+    net = network_of(pixels, 1)
+    run = run_of(net, low_share=0.7, finest_share=0.3)
+    drawn = []
+    for run.step in range(2000):
+        drawn.append(run.rates(3))
+    low = np.array([d[0] for d in drawn])
+    finest = np.array([d[1] for d in drawn])
+    gains = np.array([d[2] for d in drawn])
+    assert low.mean() == pytest.approx(0.7, abs=0.04)
+    assert finest[low].mean() == pytest.approx(0.3, abs=0.04) and finest[~low].all()
+    assert gains[low & finest].min() == run.settings.finest_gain
+    assert (gains[low & ~finest].min(), gains[low].max()) == run.settings.low_gain
+    assert (gains[~low].min(), gains[~low].max()) == run.settings.high_gain
+    for share in (0.0, 1.0):
+        run = run_of(net, low_share=1.0, finest_share=share)
+        run.one_step([crops(pixels, 2)], 0.0)
+        assert (run.net.stages[5].scale.weight.grad is not None) == bool(share)
+        assert run.net.stages[4].scale.weight.grad is not None
+
+
+def test_networks_train_without_turns(pixels: np.ndarray) -> None:
+    run = run_of(network_of(pixels, 1, turned=False), low_share=0.0)
+    _, turns = run.net.linear_latents(batch_of(pixels[:64, :64]))
+    assert torch.equal(turns, torch.eye(3)[None])
+    before = {k: v.clone() for k, v in run.net.named_parameters()}
+    assert np.isfinite(run.one_step([crops(pixels, 2)], 0.0)["loss"])
+    assert any(not torch.equal(v, before[k]) for k, v in run.net.named_parameters())
+
+
+def test_moving_averages_keep_the_order_of_latents(pixels: np.ndarray) -> None:
+    run = run_of(network_of(pixels, 1))
+    for seed in range(3):
+        run.one_step([crops(pixels, 2, seed)], 0.0)
+    assert run.average["order"].dtype == torch.int64
+    assert torch.equal(run.average["order"], run.net.order)
+    mean = averaged([run.state()] * 3)["average"]
+    assert mean["order"].dtype == torch.int64 and torch.equal(mean["order"], run.net.order)
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+def test_schedules_are_of_minutes_or_of_steps(pixels: np.ndarray, steps: int) -> None:
+    run = run_of(network_of(pixels, 1), minutes=8.0, steps=steps)
+    run.step, run.elapsed = 10, 4.0
+    assert run.progress == (0.25 if steps else 0.5)
+
+
+def test_a_run_ends_after_its_steps(pixels: np.ndarray, folder: Path, tmp_path: Path) -> None:
+    tiny, out = saved(network_of(pixels, 1), tmp_path / "tiny.pt"), tmp_path / "net.pt"
+    shape = [f"{k}={json.dumps(v)}" for k, v in TINY.items()]
+    common = ["--data", str(folder), "--out", str(out), "--batch", "1", "--device", "cpu"]
+    more = ["--start-from", str(tiny), "--minutes", "0.001", "--set", *shape, "crop=64"]
+    for steps in (3, 5):
+        training.main([*common, *more, f"steps={steps}"])
+        assert torch.load(out, weights_only=True)["step"] == steps
+
+
 def saved(net: TileNetwork, path: Path) -> Path:
     state = {"network": net.settings.to_dict(), "average": net.state_dict(), "weights": {}}
     torch.save({**state, "train": {}, "step": 0, "elapsed": 0.0}, path)
@@ -700,6 +878,7 @@ def test_training_resumes_and_exports(
 ) -> None:
     few = lambda s, d, e, crops, *more: count_symbols(s, d, e, 4, *more)  # noqa: E731
     monkeypatch.setattr("tools.export.__main__.count_symbols", few)
+    monkeypatch.setattr("tools.export.__main__.TYPICAL_CROPS", 2)
     monkeypatch.setattr(training, "ROW_STEPS", 2)
     tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
     shape = [f"{k}={json.dumps(v)}" for k, v in TINY.items()]
@@ -724,24 +903,30 @@ def test_training_resumes_and_exports(
     assert torch.load(begun, weights_only=True)["step"] >= 1
 
 
-def test_a_new_network_begins_with_the_transform_of_the_images(
+def test_a_new_network_begins_with_what_the_images_look_like(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     pixels: np.ndarray, tmp_path: Path,
 ) -> None:  # fmt: skip
     sampler = Sampler(load_sources(folder), 256, 0)
-    monkeypatch.setattr(training, "block_klt", lambda s, b, c: block_klt(s, b, c, crops=6))
-    monkeypatch.setattr(training, "lapped_klt", lambda s, c: pytest.fail("not of lapped blocks"))
-    net = TileNetwork(NetworkSettings(**TINY))
-    training.begin(net, sampler, 0.75, None, False)
-    assert net.basis.any() and capsys.readouterr().out == ""
+    asked = []
+
+    def few(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        return band_statistics(*arguments, crops=6)
+
+    monkeypatch.setattr(training, "band_statistics", few)
+    monkeypatch.setattr(training, "fitted_border", lambda *_: pytest.fail("not of lapped blocks"))
+    for is_turned in (False, True):
+        net = TileNetwork(NetworkSettings(**{**TINY, "turned": is_turned}))
+        training.begin(net, sampler, 0.75, None)
+    assert asked == [False, True] and capsys.readouterr().out == ""
+    assert (net.deviation.diff() <= 0).all() and int(net.order[0]) == 0
+    assert net.order.unique().numel() == 56 and net.order.dtype == torch.int64
     tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
-    basis = net.basis.clone()
-    sampler = Sampler(load_sources(folder), 256, 0)
-    training.begin(net, sampler, 0.75, str(tiny), True)
-    assert torch.equal(net.basis, basis)
+    training.begin(net, sampler, 0.75, str(tiny))
     assert "afresh: nothing" in capsys.readouterr().out
-    training.begin(net, sampler, 0.75, str(tiny), False)
-    assert not torch.equal(net.basis, basis)
+    for k, v in network_of(pixels, 1).state_dict().items():
+        assert torch.equal(v, net.state_dict()[k]), k
 
 
 def test_exports_need_neither_imagecodecs_nor_tifffile(
@@ -759,6 +944,7 @@ def test_exports_need_neither_imagecodecs_nor_tifffile(
         "import tools.export.__main__ as e\n"
         "count = e.count_symbols\n"
         "e.count_symbols = lambda s, d, f, crops, *more: count(s, d, f, 4, *more)\n"
+        "e.TYPICAL_CROPS = 2\n"
         "export(*map(Path, sys.argv[1:]))\n"
     )
     arguments = [str(tiny), str(tmp_path / "pack.zip"), str(tmp_path / "m")]
@@ -794,12 +980,14 @@ def test_sigterm_leaves_a_checkpoint(pixels: np.ndarray, folder: Path, tmp_path:
     assert state["elapsed"] > 0
 
 
-def test_model_files_hold_the_network(pixels: np.ndarray) -> None:
-    net = network_of(pixels, 1)
+@pytest.mark.parametrize("changes", [{}, {"lapped": True}, {"analysis_channels": 56}], ids=str)
+def test_model_files_hold_the_network(pixels: np.ndarray, changes: dict[str, Any]) -> None:
+    net = network_of(pixels, 1, **changes)
+    n = net.settings
     header = {"name": "tiny", "trained": {"steps": 3, "minutes": 1.5}}
     classes = hyper_classes(net)
     decoder = decoder_file(net, header, net.search.tables, classes)
-    encoder = encoder_file(net, header, decoder, quality_gains(50), 130, 0.7, 9.0)
+    encoder = encoder_file(net, header, decoder, quality_gains(50), 130, 0.7, 9.0, 0.4)
     state = state_of_model(decoder, encoder)
     assert (state["step"], state["elapsed"]) == (3, 1.5)
     again = TileNetwork(NetworkSettings.from_dict(state["network"]))
@@ -810,14 +998,83 @@ def test_model_files_hold_the_network(pixels: np.ndarray) -> None:
                 for x, y in zip(a.quantised()[:2], b.quantised()[:2], strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=0)
     (x, bits), (x_again, bits_again) = outputs(net, pixels), outputs(again, pixels)
-    assert np.abs(x - x_again).mean() < 0.1  # of a step of 6: the transform travels in float16
+    assert np.abs(x - x_again).mean() < 0.1  # of a step of 6: the analysis travels in float16
     np.testing.assert_allclose(bits, bits_again, rtol=0.01)
+    for name in ("order", "colours", "mean", "border"):
+        torch.testing.assert_close(getattr(again, name), getattr(net, name), rtol=0, atol=1e-6)
+    seen = max(n.context_channels, n.analysis_channels)  # by some network
+    torch.testing.assert_close(again.deviation[:seen], net.deviation[:seen], rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="not a decoder and its encoder"):
         state_of_model(decoder[:-1] + bytes([decoder[-1] ^ 1]), encoder)
+    file = container.parse(decoder)
+    tensors = {k: v for k, v in file.tensors.items() if k != "order"}
+    older = container.pack(file.header, file.graphs, tensors)
+    encoder = encoder_file(net, header, older, quality_gains(50), 130, 0.7, 9.0, 0.4)
+    with pytest.raises(ValueError, match="no tensor 'order'"):
+        state_of_model(older, encoder)
+
+
+@torch.no_grad()
+def test_graphs_of_encoders_and_of_the_chain_give_what_the_network_gives(
+    pixels: np.ndarray,
+) -> None:
+    """Up to weights in float16; the chain to the bit."""
+    ort = pytest.importorskip("onnxruntime")
+    net = network_of(pixels, 1).eval()
+    run = lambda graph, **x: ort.InferenceSession(graph).run(None, x)[0]  # noqa: E731
+    gain = torch.tensor([90.0])
+    linear, _ = net.linear_latents(batch_of(pixels[:96, :128]))
+    plane = np.full((1, 1, 6, 8), 90, np.float32)
+    ours = run(analysis_graph(net), linear=linear[:, :24].numpy(), plane=plane)
+    y = net.analyse(linear, gain)
+    theirs = ((y - linear) * gain_of(gain))[:, :24].numpy()
+    assert ours.shape == theirs.shape and theirs.std() > 0.05
+    np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.std() + 1e-3)
+    ours = run(hyper_analysis_graph(net), y=y[:, :48].numpy(), plane=plane)
+    theirs = 4 * net.h_a(net.hyper_input(y, torch.from_numpy(plane / 32))).numpy()
+    np.testing.assert_allclose(ours, theirs, atol=0.02)
+    rng = np.random.default_rng(0)
+    context = rng.integers(1, 256, (1, 49, 5, 6)).astype(np.uint8)
+    ours = run(chain_graph(net), context=context)
+    theirs = net.chain_out(net.chain((torch.from_numpy(context).float() - 128) / 32)) * 64 + 128
+    assert ours.shape == (1, 5, 6, 48) and ours.std() > 5
+    np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("lapped", "is_turned"), [(True, True), (True, False), (False, True)], ids=str
+)
+def test_exported_networks_code_as_they_were_trained(
+    pixels: np.ndarray, lapped: bool, is_turned: bool
+) -> None:
+    """About the same pixels at about the same size, and exactly the same turn."""
+    net = network_of(pixels, 1, **{**ALL, "lapped": lapped, "turned": is_turned}).eval()
+    header = {"name": "tiny"}
+    first = decoder_file(net, header, net.search.tables, hyper_classes(net))
+    second = encoder_file(net, header, first, quality_gains(50), 0, 0.7, net.search.lagrange, 0.0)
+    decoder, encoder = load_decoder(first), load_encoder(second)
+    image = np.ascontiguousarray(pixels[:96, :128])
+    for gain in (150, 230):
+        tile = encode_tile(image, decoder, encoder, gain)
+        assert tile.learned is not None and tile.learned.stages == 5
+        index = torch.tensor([float(gain)])
+        with torch.no_grad():
+            _, turns = net.linear_latents(batch_of(image))
+            x_hat, rates = net(batch_of(image), index, torch.tensor([0.7]))
+        turn = struct.unpack("3b", tile.payload[:3])
+        assert any(turn) == is_turned
+        np.testing.assert_allclose(rotation(turn), turns[0], atol=1e-6)
+        ours = decode_tile(tile, decoder).astype(float)
+        theirs = np.clip(x_hat[0].numpy().transpose(1, 2, 0) + 128, 0, 255)
+        assert np.abs(ours - theirs).mean() < 0.2 * 2 ** (6 - gain / 32) + 0.3
+        bits = float(rates.total) * image[..., 0].size
+        assert 8 * len(tile.payload) == pytest.approx(bits, rel=0.05)
 
 
 def test_networks_are_averaged(pixels: np.ndarray, tmp_path: Path) -> None:
     paths, nets = [], [network_of(pixels, seed) for seed in (1, 2)]
+    transform = {k: nets[0].state_dict()[k] for k in TRANSFORM}
+    nets[1].load_state_dict(nets[1].state_dict() | transform)
     for i, net in enumerate(nets):
         paths.append(str(tmp_path / f"{i}.pt"))
         state = {"network": net.settings.to_dict(), "train": {}, "step": i, "elapsed": 1.0}
@@ -825,7 +1082,9 @@ def test_networks_are_averaged(pixels: np.ndarray, tmp_path: Path) -> None:
     training.main(["--average", *paths, "--out", str(tmp_path / "mean.pt")])
     mean = torch.load(tmp_path / "mean.pt", weights_only=True)["average"]
     for k, v in mean.items():
-        torch.testing.assert_close(v, (nets[0].state_dict()[k] + nets[1].state_dict()[k]) / 2)
+        expected = (nets[0].state_dict()[k] + nets[1].state_dict()[k]) / 2
+        torch.testing.assert_close(v, expected.to(v.dtype))
+    assert torch.equal(mean["order"], nets[0].order) and mean["order"].dtype == torch.int64
 
 
 # -- images --

@@ -6,13 +6,16 @@ run it; it writes those that are missing (``--check`` only lists them).
 
     tests/conformance/tiny.wscm, tiny.encoder.wscm   a small frozen model, of no use for pictures
     tests/conformance/smallest.wscm                  a model with the least of everything
-    tests/conformance/lapped.wscm                    a small lapped model
+    tests/conformance/lapped.wscm                    a small model of lapped blocks
     tests/conformance/decode/NAME.tile, NAME.png     must decode to these pixels, within tolerance
     tests/conformance/decode/smallest/..., lapped/...  the same, of those models
     tests/conformance/decode/symbols.json            ... and to exactly these symbols
     tests/conformance/encode/NAME.json, lapped/...   must encode to exactly these bytes
     tests/conformance/refuse/NAME.tile, errors.json  must be refused, by these errors
     tests/conformance/refuse/NAME.wscm               models that must be refused
+
+Pictures of random symbols hold some far beyond any picture's: of the pixels of their blocks the
+format asks nothing (docs/format.md, "Tolerance").
 
 The tiles are written by a small encoder below, from docs/format.md like the second decoder in
 tests/second_decoder.py whose walk through a cell it borrows; wsicodec itself writes none of them.
@@ -55,23 +58,26 @@ TABLES = 24  # of either quantiser: few, so that many classes have raw bits: up 
 SEED = 20261121
 
 
-def cosine_basis() -> tuple[Array, Array]:
-    """(basis (24, 768), deviation (24,)): cosines in an orthonormal luma-chroma space, the order
-    and the rough deviations of a transform of tissue, so that pictures are recognisable."""
-    n = np.arange(16)
-    waves = np.array([np.cos(np.pi * (n + 0.5) * k / 16) for k in range(16)])
-    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
-    colours = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
+def cosine_order() -> tuple[Array, Array]:
+    """(order (24,), deviation (24,)): low frequencies in the order and with the rough deviations
+    of a transform of tissue, so that pictures are recognisable; the highest one of all instead of
+    the last."""
     found = []
-    for c, loss in enumerate((1.0, 0.45, 0.25)):
-        for i in range(6):
-            for j in range(6):
-                deviation = 1100 * loss / (1 + i + j) ** 1.6
-                row = np.einsum("a,b,c->abc", waves[i], waves[j], colours[c])
-                found.append((deviation, row.reshape(-1)))
+    for plane, loss in enumerate((1.0, 0.45, 0.25)):
+        for u in range(6):
+            for w in range(6):
+                found.append((1100 * loss / (1 + u + w) ** 1.6, 256 * plane + 16 * u + w))
     found.sort(key=lambda entry: -entry[0])
     best = found[:CHANNELS]
-    return np.array([row for _, row in best]), np.array([deviation for deviation, _ in best])
+    order = np.array([place for _, place in best[:-1]] + [767])
+    return order, np.array([deviation for deviation, _ in best])
+
+
+COLOURS = np.array([  # not orthogonal, and no two entries alike
+    [0.55, 0.80, 0.30],
+    [0.60, -0.70, 0.35],
+    [0.65, 0.05, -1.10],
+])  # fmt: skip
 
 
 def laplace_weights(symbol_class: int, quantiser: int) -> Array:
@@ -173,21 +179,21 @@ def chain_graph(rng: np.random.Generator) -> bytes:
         "context", layer(8, CONTEXT + 1, 3, 63, rng.integers(-9, -6, 8)), (-3, centre), (-3, zero)
     )
     x = g.quantised_conv(x, layer(8, 8, 1, 63, rng.integers(-7, -5, 8)), (-3, zero), (-4, zero))
-    samples = layer(768, 8, 1, 7, rng.integers(-7, -5, 768))
-    samples[0][5] = 63  # reaches the bounds
-    x = g.quantised_conv(x, samples, (-4, zero), (-2, centre))
+    last = layer(CONTEXT, 8, 1, 40, rng.integers(-5, -3, CONTEXT))
+    last[0][5] = 63  # reaches the bounds
+    x = g.quantised_conv(x, last, (-4, zero), (-2, centre))
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.finish(
         {"context": (UINT8, grid(CONTEXT + 1))},
-        {"correction": (UINT8, ["batch", "rows", "columns", 768])},
+        {"correction": (UINT8, ["batch", "rows", "columns", CONTEXT])},
     )
 
 
 def tiny_decoder() -> bytes:
     """A decoder model that exercises every rule of the format; nobody trained it."""
     rng = np.random.default_rng(SEED)
-    basis, deviation = cosine_basis()
-    gain = rng.uniform(0.7, 1.4, len(basis))
+    order, deviation = cosine_order()
+    gain = rng.uniform(0.7, 1.4, CHANNELS)
     means = max(first + count for first, count, _ in STAGES[:MEAN_STAGES])
     tables = tables_from_weights(
         [laplace_weights(c, u) for u in range(2) for c in range(1, TABLES + 1)]
@@ -199,7 +205,6 @@ def tiny_decoder() -> bytes:
     graphs = {"hyper": hyper_graph(rng), "chain": chain_graph(rng)}
     for stage in range(len(STAGES)):
         graphs[f"stage{stage}"] = stage_graph(rng, stage, deviation)
-    colour = np.array([208, 160, 196]) - 128
     return container.pack(
         {
             "kind": "decoder",
@@ -225,23 +230,25 @@ def tiny_decoder() -> bytes:
                 np.int32
             ),
             "inverse_gain": (1 / gain).astype(np.float32),
-            "basis": basis.astype(np.float16),
-            "mean": np.tile(colour, 256).astype(np.float32),
+            "order": order.astype(np.uint16),
+            "colours": COLOURS.astype(np.float32),
+            "mean": np.array([80, 32, 68], np.float32),
+            "lapping": np.eye(8, dtype=np.float32),
         },
     )
 
 
 def tiny_encoder(decoder: bytes) -> bytes:
-    """An encoder model for it: a plain transform, hyper-latents from two averages."""
+    """An encoder model for it: a random correction, hyper-latents from two averages."""
     rng = np.random.default_rng(SEED + 1)
-    _, deviation = cosine_basis()
+    _, deviation = cosine_order()
     a = GraphBuilder("analysis", "Floor")
     scaled = a.add("Mul", "linear", a.constant(np.full((1, 1, 1, 1), 1e-4, np.float32), "scale"))
     weight = a.constant((0.1 * rng.standard_normal((4, 4, 1, 1))).astype(np.float32), "w")
     bias = a.constant(np.zeros(4, np.float32), "b")
     a.add("Conv", scaled, weight, bias, kernel_shape=[1, 1], output="correction")
     analysis = a.finish(
-        {"blocks": (FLOAT, grid(768)), "linear": (FLOAT, grid(4)), "plane": (FLOAT, grid(1))},
+        {"linear": (FLOAT, grid(4)), "plane": (FLOAT, grid(1))},
         {"correction": (FLOAT, grid(4))},
     )
     h = GraphBuilder("hyper_analysis", "Floor")
@@ -261,12 +268,12 @@ def tiny_encoder(decoder: bytes) -> bytes:
             "kind": "encoder",
             "decoder": hashlib.sha256(decoder).hexdigest(),
             "corrected": 4,
+            "turned": True,
             "step_strength": 0.5,
             "lagrange": 6.0,
         },
         {"analysis": analysis, "hyper_analysis": hyper_analysis},
         {
-            "colour_gram": np.eye(3, dtype=np.float32),
             "quality_gain": np.round(np.linspace(8, 236, 100)).astype(np.uint8),
             "stage_gain": np.array([0, 0, 0, 0, 0, 0, 0, 40], np.uint8),
         },
@@ -280,9 +287,13 @@ Stages = tuple[tuple[int, int, int], ...]
 
 
 def smallest_graphs(
-    correction: int = UINT8, stages: Stages = ((0, 1, 0),), contexts: int = 1
+    correction: int = UINT8,
+    stages: Stages = ((0, 1, 0),),
+    contexts: int = 1,
+    corrected: int | None = None,
 ) -> dict[str, bytes]:
-    """One channel of everything but of symbols. correction: the type that the chain gives."""
+    """One channel of everything but of symbols. correction: the type that the chain gives.
+    corrected: its channels, where they are not the context's."""
     h = GraphBuilder("hyper")
     layer = np.full((4, 1, 1, 1), 3), np.array([100, 90, 80, 70]), np.zeros(4, int)
     x = h.integer_conv("z", layer, (0, 255))
@@ -291,8 +302,10 @@ def smallest_graphs(
     x = h.add("DepthToSpace", h.integer_conv("z", layer, (-48, 48)), blocksize=2, mode="CRD")
     h.add("Cast", x, to=INT8, output="step")
     c = GraphBuilder("chain")
-    row = [*[20] * contexts, 1]
-    layer = np.array([row] * 768)[..., None, None], np.arange(768), np.full(768, -4)
+    corrected = contexts if corrected is None else corrected
+    signs = (-1) ** np.arange(corrected)
+    weight = (signs[:, None] * [*[50] * contexts, 1])[..., None, None]
+    layer = weight, signs * 2000, np.full(corrected, -4)
     after: np.uint8 | np.int8 = np.uint8(128) if correction == UINT8 else np.int8(0)
     x = c.quantised_conv("context", layer, (-3, np.uint8(128)), (-2, after))
     c.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
@@ -304,7 +317,7 @@ def smallest_graphs(
         **{f"stage{k}": smallest_stage(stages, contexts, k) for k in range(len(stages))},
         "chain": c.finish(
             {"context": (UINT8, grid(contexts + 1))},
-            {"correction": (correction, ["batch", "rows", "columns", 768])},
+            {"correction": (correction, ["batch", "rows", "columns", corrected])},
         ),
     }
 
@@ -324,9 +337,12 @@ def smallest_stage(stages: Stages, contexts: int, k: int) -> bytes:
     return s.finish(inputs, {"class": (UINT8, grid(count))})
 
 
-def smallest_decoder(correction: int = UINT8, **changed: Array) -> bytes:
+def smallest_decoder(
+    correction: int = UINT8, corrected: int | None = None, **changed: Array
+) -> bytes:
     """The least that the format allows: 15 tables of radius 1 or 2 for either quantiser, one
-    stage, one channel. ``changed``: other tensors, for models that are to be refused."""
+    stage, one channel. What is given is changed, for models that are to be refused: the type and
+    the channels that the chain gives, tensors."""
     weights = [np.array([1, 20 - t, 1, 1]) for t in range(15)]
     weights += [np.array([1, 1, 30 - t, 1, 1, 1]) for t in range(15)]
     tables = tables_from_weights([w.astype(np.float64) for w in weights])
@@ -337,8 +353,10 @@ def smallest_decoder(correction: int = UINT8, **changed: Array) -> bytes:
         "mean_factor": np.zeros(0, np.int32),
         "context_factor": np.array([2**20], np.int32),
         "inverse_gain": np.ones(1, np.float32),
-        "basis": np.full((1, 768), 1 / 28, np.float16),
-        "mean": np.full(768, 50, np.float32),
+        "order": np.zeros(1, np.uint16),
+        "colours": np.eye(3, dtype=np.float32),
+        "mean": np.full(3, 50, np.float32),
+        "lapping": np.eye(8, dtype=np.float32),
     }
     return container.pack(
         {
@@ -355,7 +373,7 @@ def smallest_decoder(correction: int = UINT8, **changed: Array) -> bytes:
                 "hyper": 1,
             },
         },
-        smallest_graphs(correction),
+        smallest_graphs(correction, corrected=corrected),
         {**tensors, **changed},
     )
 
@@ -406,48 +424,51 @@ def broken_models() -> dict[str, bytes]:
             z_classes=np.where(np.arange(256) == 77, 128, 16)[:, None].astype(np.uint8)
         ),
         "model-correction-signed": smallest_decoder(INT8),
+        "model-correction-of-two-channels": smallest_decoder(corrected=2),
     }
 
 
 # ------------------------------------------------------------------------------------ lapped model
 
 
-def random_turn(seed: int = SEED + 3) -> Array:
+def random_lapping(seed: int = SEED + 3) -> Array:
     """(8, 8) float32, orthogonal: neither symmetric nor the same from the other end."""
     q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 8)))
     return np.asarray(q, np.float32)
 
 
-def relapped(file: bytes, lapped: object, lapping: Array | None) -> bytes:
-    """The model file with this key ``lapped`` and this tensor ``lapping``, or none."""
+def changed(file: bytes, architecture: dict[str, Any], **tensors: Array | None) -> bytes:
+    """The model file with these keys of the architecture and these tensors; None: without."""
     parsed = container.parse(file)
-    architecture = {**parsed.header["architecture"], "lapped": lapped}
-    tensors = {name: array for name, array in parsed.tensors.items() if name != "lapping"}
-    if lapping is not None:
-        tensors["lapping"] = lapping
-    return container.pack({**parsed.header, "architecture": architecture}, parsed.graphs, tensors)
+    header = {
+        **parsed.header,
+        "architecture": {**parsed.header["architecture"], **architecture},
+    }
+    kept = {n: t for n, t in {**parsed.tensors, **tensors}.items() if t is not None}
+    return container.pack(header, parsed.graphs, kept)
 
 
 def lapped_decoder() -> bytes:
     """Little more than the smallest model: twelve channels in two stages, and lapped."""
-    basis, deviation = cosine_basis()
+    order, deviation = cosine_order()
     stages, contexts, channels = ((0, 4, 0), (4, 8, 0)), 4, 12
     smallest = container.parse(smallest_decoder())
     architecture = {
         **smallest.header["architecture"],
         "stages": [list(stage) for stage in stages],
         "context_channels": contexts,
-        "lapped": 1,
     }
     factor = np.round(2 ** (27 - 255 / 32) / deviation[:contexts])
-    # not the same in all rows: then it matters whether it comes before the filter
-    mean = np.linspace(-2, 2, 16).repeat(16)[:, None] + [80, 32, 68]
+    # planes change places, and all three show in a picture of the first stage
+    first = np.array([256, 512, 0, 1])
+    rest = [place for place in order.tolist() if place not in first]
     tensors = {
         "context_factor": factor.astype(np.int32),
         "inverse_gain": np.linspace(0.75, 1.25, channels).astype(np.float32),
-        "basis": basis[:channels].astype(np.float16),
-        "mean": mean.reshape(-1).astype(np.float32),
-        "lapping": random_turn(),
+        "order": np.array([*first, *rest])[:channels].astype(np.uint16),
+        "colours": COLOURS[:, [1, 2, 0]].astype(np.float32),
+        "mean": np.array([80, 32, 68], np.float32),
+        "lapping": random_lapping(),
     }
     return container.pack(
         {**smallest.header, "name": "lapped", "architecture": architecture},
@@ -456,28 +477,63 @@ def lapped_decoder() -> bytes:
     )
 
 
-def broken_lapped_models() -> dict[str, bytes]:
-    """The smallest model, lapped, with one fault each."""
-    smallest, good = smallest_decoder(), random_turn()
-    row_twice, nan = good.copy(), good.copy()
-    row_twice[5] = good[4]
-    nan[7, 0] = np.nan
+def broken_transforms(file: bytes) -> dict[str, bytes]:
+    """The lapped model with one fault each, in what turns latents into pixels."""
+    good = container.parse(file).tensors
+
+    def model(name: str, *place: int, value: float) -> bytes:
+        """One entry of a tensor changed."""
+        array = good[name].copy()
+        array[place] = value
+        return changed(file, {}, **{name: array})
+
+    def other(**tensors: Array | None) -> bytes:
+        return changed(file, {}, **tensors)
+
+    row_twice = good["lapping"].copy()
+    row_twice[5] = row_twice[4]
     # products of rows that are infinite, or no numbers, in float32
     huge = np.full((8, 8), 3e38, np.float32)
     huge[4:, ::2] = -3e38
-    turned = np.roll(np.eye(8), 3, axis=1)  # exact in every type
-    models: dict[str, tuple[object, Array | None]] = {
-        "model-lapped-2": (2, good),
-        "model-lapped-true": (True, good),
-        "model-lapping-missing": (1, None),
-        "model-lapping-scaled": (1, good * np.float32(1.001)),
-        "model-lapping-row-twice": (1, row_twice),
-        "model-lapping-nan": (1, nan),
-        "model-lapping-huge": (1, huge),
-        "model-lapping-flat": (1, good.reshape(64)),
-        "model-lapping-float16": (1, turned.astype(np.float16)),
+    rolled = np.roll(np.eye(8), 3, axis=1)  # exact in every type
+    bound = np.nextafter(np.float32(2**16), np.float32(np.inf))
+    return {
+        "model-lapped-0": changed(file, {"lapped": 0}),
+        "model-lapped-1": changed(file, {"lapped": 1}),
+        "model-order-missing": other(order=None),
+        "model-order-twice": model("order", 11, value=good["order"][2]),
+        "model-order-768": model("order", 11, value=768),
+        "model-order-65535": model("order", 0, value=65535),
+        "model-order-too-short": other(order=good["order"][:-1]),
+        "model-order-too-long": other(order=np.append(good["order"], np.uint16(700))),
+        "model-order-int32": other(order=good["order"].astype(np.int32)),
+        "model-colours-missing": other(colours=None),
+        "model-colours-nan": model("colours", 1, 2, value=np.nan),
+        "model-colours-infinite": model("colours", 2, 0, value=-np.inf),
+        "model-colours-beyond-bound": model(
+            "colours", 0, 1, value=np.nextafter(np.float32(-16), np.float32(-np.inf))
+        ),
+        "model-colours-that-depend": other(colours=good["colours"][:, [0, 1, 1]]),
+        "model-colours-that-nearly-depend": other(
+            colours=np.diag([1, 1, 9.99e-4]).astype(np.float32)
+        ),
+        "model-colours-flat": other(colours=good["colours"].reshape(9)),
+        "model-colours-of-two-planes": other(colours=good["colours"][:, :2]),
+        "model-mean-missing": other(mean=None),
+        "model-mean-nan": model("mean", 1, value=np.nan),
+        "model-mean-beyond-bound": model("mean", 2, value=1024.25),
+        "model-mean-beyond-bound-negative": model("mean", 0, value=-1024.25),
+        "model-mean-of-samples": other(mean=np.tile(good["mean"], 256)),
+        "model-inverse-gain-infinite": model("inverse_gain", 3, value=np.inf),
+        "model-inverse-gain-beyond-bound": model("inverse_gain", 11, value=bound),
+        "model-lapping-missing": other(lapping=None),
+        "model-lapping-scaled": other(lapping=good["lapping"] * np.float32(1.001)),
+        "model-lapping-row-twice": other(lapping=row_twice),
+        "model-lapping-nan": model("lapping", 7, 0, value=np.nan),
+        "model-lapping-huge": other(lapping=huge),
+        "model-lapping-flat": other(lapping=good["lapping"].reshape(64)),
+        "model-lapping-float16": other(lapping=rolled.astype(np.float16)),
     }
-    return {name: relapped(smallest, *made) for name, made in models.items()}
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -636,17 +692,18 @@ def random_symbols(seed: int) -> Choice:
     return choose
 
 
-def picture_symbols(image: Array, model: second.Model, seed: int) -> Choice:
+def picture_symbols(image: Array, model: second.Model, turn: Turn, seed: int) -> Choice:
     """Nearest levels of one cell's picture, one after the other, under random hyper-latents."""
     rng = np.random.default_rng(seed)
     rows, columns = -(-image.shape[0] // 16), -(-image.shape[1] // 16)
     pad = ((0, 16 * rows - image.shape[0]), (0, 16 * columns - image.shape[1]), (0, 0))
-    whole = np.pad(image, pad, mode="edge") - 128.0
-    if model.lapping is not None:
-        whole = second.lap(whole, model.lapping.T.astype(np.float64))
-    blocks = whole.reshape(rows, 16, columns, 16, 3)
-    blocks = blocks.transpose(0, 2, 1, 3, 4).reshape(rows, columns, 768) - model.mean
-    y = np.einsum("ijs,cs->cij", blocks, model.basis.astype(np.float64))
+    whole = np.pad(image, pad, mode="edge") - 128.0 - model.mean
+    forward = second.turn_matrix(turn) @ np.linalg.inv(model.colours.astype(np.float64))
+    planes = second.lap(whole @ forward.T, model.lapping.T.astype(np.float64))
+    d = second.cosines()
+    blocks = planes.reshape(rows, 16, columns, 16, 3)
+    frequencies = np.einsum("ui,ricjp,wj->puwrc", d, blocks, d, optimize=True)
+    y = frequencies.reshape(768, rows, columns)[model.order]
 
     def choose(classes: Array, cell: second.Cell | None) -> Array:
         if cell is None:
@@ -665,10 +722,13 @@ def picture_symbols(image: Array, model: second.Model, seed: int) -> Choice:
     return choose
 
 
+Turn = tuple[int, int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """A learned tile to write. picture: seed of ``tissue``, or of ``glass`` where that is set, or
-    None for random symbols."""
+    None for random symbols. turns: of its cells, the last one of all that follow, too."""
 
     height: int
     width: int
@@ -678,31 +738,43 @@ class Learned:
     picture: int | None = None
     seed: int = 0
     glass: bool = False
+    turns: tuple[Turn, ...] = ((0, 0, 0),)
+
+    def cells(self) -> list[tuple[int, int, Turn]]:
+        """(top, left, turn) of every cell."""
+        places = [(y, x) for y in range(0, self.height, 512) for x in range(0, self.width, 512)]
+        last = len(self.turns) - 1
+        return [(*place, self.turns[min(i, last)]) for i, place in enumerate(places)]
+
+    def turn_bytes(self) -> bytes:
+        return b"".join(struct.pack("<3b", *turn) for _, _, turn in self.cells())
 
     def steps(self, file: bytes) -> list[Symbol]:
         model = second.read_model(file)
         draw = glass if self.glass else tissue
         image = None if self.picture is None else draw(self.height, self.width, self.picture)
         steps: list[Symbol] = []
-        for top in range(0, self.height, 512):
-            for left in range(0, self.width, 512):
-                h, w = min(512, self.height - top), min(512, self.width - left)
-                seed = 1000 * self.seed + top + left
-                choose = random_symbols(seed)
-                if image is not None:
-                    choose = picture_symbols(image[top : top + h, left : left + w], model, seed)
-                writer = Writer(choose, self.lanes)
-                writer.steps = steps  # lanes go on from cell to cell
-                second.decode_cell(writer, model, (h, w), self.gain, self.stages)
+        for top, left, turn in self.cells():
+            h, w = min(512, self.height - top), min(512, self.width - left)
+            seed = 1000 * self.seed + top + left
+            choose = random_symbols(seed)
+            if image is not None:
+                part = image[top : top + h, left : left + w]
+                choose = picture_symbols(part, model, turn, seed)
+            writer = Writer(choose, self.lanes)
+            writer.steps = steps  # lanes go on from cell to cell
+            second.decode_cell(writer, model, (h, w), self.gain, self.stages, turn)
         return steps
 
-    def tile(self, file: bytes, payload: bytes | None = None, **header: Any) -> bytes:
-        """The tile's bytes, with another payload or other header fields where given."""
-        if payload is None:
-            payload = encode_symbols(self.steps(file), self.lanes)
+    def tile(self, file: bytes, stream: bytes | None = None, **header: Any) -> bytes:
+        """The tile's bytes, with another entropy-coded stream, other bytes of turns or other
+        header fields where given."""
+        if stream is None:
+            stream = encode_symbols(self.steps(file), self.lanes)
         digest = header.pop("digest", hashlib.sha256(file).digest()[:4])
         packed = header.pop("packed", self.stages | self.lanes.bit_length() - 1 << 4)
-        body = digest + bytes([self.gain, packed]) + payload
+        turns = header.pop("turns", self.turn_bytes())
+        body = digest + bytes([self.gain, packed]) + turns + stream
         return tile(1, self.height, self.width, body, **header)
 
 
@@ -750,51 +822,84 @@ LEARNED = {
     "learned-1x1-gain90": Learned(1, 1, 90, picture=1),
     "learned-1x1-gain0-lanes32": Learned(1, 1, 0, lanes=32, seed=1),
     "learned-16x16-gain0-stages1-lanes1": Learned(16, 16, 0, 1, 1, seed=2),
-    "learned-16x16-gain255-lanes32": Learned(16, 16, 255, lanes=32, seed=3),
+    "learned-16x16-gain255-lanes32-turned": Learned(
+        16, 16, 255, lanes=32, seed=3, turns=((77, -128, 3),)
+    ),
     "learned-17x31-gain90-stages2-lanes2": Learned(17, 31, 90, 2, 2, picture=4),
-    "learned-31x17-gain1-stages3-lanes8": Learned(31, 17, 1, 3, 8, seed=5),
+    "learned-31x17-gain1-stages3-lanes8-turned": Learned(
+        31, 17, 1, 3, 8, seed=5, turns=((-20, 50, 99),)
+    ),
     "learned-64x48-gain90": Learned(64, 48, 90, picture=6),
-    "learned-64x48-gain180-lanes16": Learned(64, 48, 180, lanes=16, picture=6),
-    "learned-64x48-gain0": Learned(64, 48, 0, picture=7),
+    "learned-64x48-gain180-lanes16-turned": Learned(
+        64, 48, 180, lanes=16, picture=6, turns=((-90, 37, 115),)
+    ),
+    "learned-64x48-gain0-turned": Learned(64, 48, 0, picture=7, turns=((127, -30, -66),)),
     "learned-64x48-gain255-lanes1": Learned(64, 48, 255, lanes=1, picture=8),
     "learned-64x48-gain128-stages4": Learned(64, 48, 128, 4, picture=9),
-    "learned-48x64-gain100-stages6-lanes2": Learned(48, 64, 100, 6, 2, picture=16),
+    "learned-48x64-gain100-stages6-lanes2-turned": Learned(
+        48, 64, 100, 6, 2, picture=16, turns=((1, 2, -3),)
+    ),
     "learned-33x49-gain70-stages7": Learned(33, 49, 70, 7, picture=17),
     "learned-80x48-gain40-stages1": Learned(80, 48, 40, 1, seed=18),
-    "learned-513x16-gain90": Learned(513, 16, 90, picture=10),
-    "learned-16x513-gain120-stages5-lanes2": Learned(16, 513, 120, 5, 2, picture=11),
-    "learned-48x48-gain128-random": Learned(48, 48, 128, seed=12),
+    "learned-513x16-gain90-turned": Learned(
+        513, 16, 90, picture=10, turns=((-128, 127, -1), (5, -60, 127))
+    ),
+    "learned-16x513-gain120-stages5-lanes2-turned": Learned(
+        16, 513, 120, 5, 2, picture=11, turns=((0, 0, 0), (40, -50, 60))
+    ),
+    "learned-48x48-gain128-random-turned": Learned(48, 48, 128, seed=12, turns=((-45, 120, -101),)),
     "learned-96x80-gain250-random": Learned(96, 80, 250, lanes=2, seed=13),
     "learned-80x96-gain6-random": Learned(80, 96, 6, lanes=32, seed=14),
     "learned-64x64-gain60-random": Learned(64, 64, 60, seed=15),
     # grids of odd and even extents for every lattice; all numbers of lanes
-    "learned-112x144-gain128-lanes16-random": Learned(112, 144, 128, lanes=16, seed=21),
+    "learned-112x144-gain128-lanes16-random-turned": Learned(
+        112, 144, 128, lanes=16, seed=21, turns=((127, 127, 127),)
+    ),
     "learned-16x80-gain200-lanes8-random": Learned(16, 80, 200, lanes=8, seed=22),
     "learned-80x16-gain30-lanes1-random": Learned(80, 16, 30, lanes=1, seed=23),
     "learned-32x32-gain160-stages2-lanes2": Learned(32, 32, 160, 2, 2, seed=24),
     "learned-48x32-gain220-stages3-lanes32": Learned(48, 32, 220, 3, 32, seed=25),
     "learned-32x48-gain10-lanes16": Learned(32, 48, 10, lanes=16, seed=26),
-    "learned-144x112-gain150-lanes8": Learned(144, 112, 150, lanes=8, picture=27),
-    "learned-48x528-gain20-lanes32-random": Learned(48, 528, 20, lanes=32, seed=28),
+    "learned-144x112-gain150-lanes8-turned": Learned(
+        144, 112, 150, lanes=8, picture=27, turns=((-128, -128, -128),)
+    ),
+    "learned-48x528-gain20-lanes32-random-turned": Learned(
+        48, 528, 20, lanes=32, seed=28, turns=((-100, 3, 77), (127, -128, 0))
+    ),
     "learned-528x16-gain240-lanes1-random": Learned(528, 16, 240, lanes=1, seed=29),
+    # one angle alone
+    "learned-32x32-gain140-turned-a": Learned(32, 32, 140, picture=33, turns=((90, 0, 0),)),
+    "learned-32x32-gain140-turned-b": Learned(32, 32, 140, picture=33, turns=((0, -77, 0),)),
+    "learned-32x32-gain140-turned-c": Learned(32, 32, 140, picture=33, turns=((0, 0, 45),)),
 }
 SMALLEST = {  # of the smallest model
     "smallest/1x1-gain0": Learned(1, 1, 0, 1, 1, seed=30),
-    "smallest/50x40-gain100": Learned(50, 40, 100, 1, 4, seed=31),
+    "smallest/50x40-gain100-turned": Learned(50, 40, 100, 1, 4, seed=31, turns=((-9, 70, -128),)),
     "smallest/40x50-gain255-lanes32": Learned(40, 50, 255, 1, 32, seed=32),
 }
 LAPPED = {  # of the lapped model; no symbols far out: the filter would spread their errors
     "lapped/1x1-gain90": Learned(1, 1, 90, 2, picture=50),
-    "lapped/16x16-gain128": Learned(16, 16, 128, 2, picture=51),
+    "lapped/16x16-gain128-turned": Learned(16, 16, 128, 2, picture=51, turns=((12, -34, 56),)),
     "lapped/17x33-gain140": Learned(17, 33, 140, 2, picture=52),
-    "lapped/33x17-gain100-stages1": Learned(33, 17, 100, 1, picture=53),
-    "lapped/16x88-gain120-lanes1": Learned(16, 88, 120, 2, 1, picture=54),
+    "lapped/33x17-gain100-stages1-turned": Learned(
+        33, 17, 100, 1, picture=53, turns=((-128, 64, 127),)
+    ),
+    "lapped/16x88-gain120-lanes1-turned": Learned(
+        16, 88, 120, 2, 1, picture=54, turns=((100, 110, -120),)
+    ),
     "lapped/88x16-gain120-lanes32": Learned(88, 16, 120, 2, 32, picture=55),
-    "lapped/40x72-gain60-lanes2": Learned(40, 72, 60, 2, 2, picture=56),
+    "lapped/40x72-gain60-lanes2-turned": Learned(
+        40, 72, 60, 2, 2, picture=56, turns=((-70, 20, 30),)
+    ),
     "lapped/40x72-gain255": Learned(40, 72, 255, 2, picture=56),
-    "lapped/256x256-gain150-lanes8": Learned(256, 256, 150, 2, 8, picture=57, glass=True),
-    "lapped/600x530-gain150-stages1": Learned(600, 530, 150, 1, picture=65, glass=True),
-}
+    "lapped/256x256-gain150-lanes8-turned": Learned(
+        256, 256, 150, 2, 8, picture=57, glass=True, turns=((-28, 127, 61),)
+    ),
+    "lapped/600x530-gain150-stages1-turned": Learned(
+        600, 530, 150, 1, picture=66, glass=True,
+        turns=((23, -45, 68), (0, 0, 0), (-128, 127, 64), (127, -128, -64)),
+    ),
+}  # fmt: skip
 
 
 def decode_vectors(file: bytes, smallest: bytes, lapped: bytes) -> dict[str, bytes]:
@@ -880,8 +985,10 @@ def encode_vectors(file: bytes) -> dict[str, Any]:
     colour = bytes([243, 238, 245])
     vectors["tile-constant"] = tile_vector(tile(0, 48, 64, colour), colour)
     payload = bytes(range(40))
-    learned = Learned(4096, 1, 255, 15, 32)
-    vectors["tile-learned"] = tile_vector(learned.tile(file, payload), payload, learned)
+    turns = tuple((k - 128, 7 * k, 127 - k) for k in range(8))  # of eight cells
+    learned = Learned(4096, 1, 255, 15, 32, turns=turns)
+    data = learned.tile(file, payload)
+    vectors["tile-learned"] = tile_vector(data, learned.turn_bytes() + payload, learned)
     vectors["tile-jpeg"] = tile_vector(tile(3, 1, 4096, payload), payload)
     return vectors
 
@@ -900,9 +1007,8 @@ def tile_vector(data: bytes, payload: bytes, learned: Learned | None = None) -> 
 
 
 def lapped_encode_vectors(file: bytes) -> dict[str, Any]:
-    """All symbols of a lapped model's tile to its payload, and that to the tile: lapped or not,
-    blocks are coded alike."""
-    learned = LAPPED["lapped/40x72-gain60-lanes2"]
+    """All symbols of a lapped model's tile to its stream, and turn and stream to the tile."""
+    learned = LAPPED["lapped/40x72-gain60-lanes2-turned"]
     data = learned.tile(file)
     (cell,) = second.decode(data, [file]).cells
     classes = np.broadcast_to(second.read_model(file).z_classes[learned.gain], cell.z.shape[::-1])
@@ -913,9 +1019,9 @@ def lapped_encode_vectors(file: bytes) -> dict[str, Any]:
         {key: v.reshape(-1).tolist() if key != "dependent" else v for key, v in array.items()}
         for array in arrays
     ]
-    payload = data[24:]
-    coder = {"kind": "coder", "lanes": learned.lanes, "arrays": entries, "payload": payload.hex()}
-    return {"lapped/coder": coder, "lapped/tile": tile_vector(data, payload, learned)}
+    stream = data[24 + len(learned.turn_bytes()) :]
+    coder = {"kind": "coder", "lanes": learned.lanes, "arrays": entries, "payload": stream.hex()}
+    return {"lapped/coder": coder, "lapped/tile": tile_vector(data, data[24:], learned)}
 
 
 def bare(model: second.Model, base: Learned, values: list[int], classes: list[int]) -> list[Symbol]:
@@ -939,7 +1045,7 @@ def stage_classes(model: second.Model, gain: int, z: list[int]) -> list[int]:
         raise Stop(classes.reshape(-1).tolist())
 
     try:
-        second.decode_cell(Writer(choose, 1), model, (1, 1), gain, 1)
+        second.decode_cell(Writer(choose, 1), model, (1, 1), gain, 1, (0, 0, 0))
     except Stop as stop:
         found: list[int] = stop.args[0]
         return found
@@ -951,7 +1057,8 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
     model = second.read_model(file)
     colour = bytes([9, 8, 7])
     good = tile(0, 3, 5, colour)
-    learned = Learned(16, 16, 90, picture=1)
+    learned = Learned(16, 16, 90, picture=1, turns=((1, -2, 3),))
+    tall = Learned(513, 1, 90, 1, 4)
     steps = learned.steps(file)
     payload = encode_symbols(steps, 4)
     image = tissue(17, 31, 40)
@@ -1011,7 +1118,13 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
         "lanes-64": (form, learned.tile(file, payload, packed=0x68)),
         "unknown-model": (unknown, learned.tile(file, payload, digest=b"\0\1\2\3")),
         "states-cut": (truncated, learned.tile(file, payload[:14])),
-        "no-payload": (truncated, learned.tile(file, b"")),
+        "no-payload": (truncated, learned.tile(file, b"", turns=b"")),
+        "turns-cut": (truncated, learned.tile(file, b"", turns=b"\1\2")),
+        "turns-of-the-second-cell-missing": (truncated, tall.tile(file, b"", turns=b"\1\2\3")),
+        "turns-of-the-second-cell-cut": (truncated, tall.tile(file, b"", turns=b"\1\2\3\4\5")),
+        "turns-alone": (truncated, learned.tile(file, b"")),
+        "turns-of-one-cell-for-two": (form, tall.tile(file, turns=b"\1\2\3")),
+        "turns-twice": (form, learned.tile(file, payload, turns=2 * learned.turn_bytes())),
         "odd-bytes": (form, learned.tile(file, payload + b"\0")),
         "state-below-range": (form, learned.tile(file, states + payload[16:])),
         "words-end-early": (truncated, learned.tile(file, payload[:-2])),
@@ -1109,7 +1222,7 @@ def all_files() -> dict[Path, bytes]:
     refused = refuse_vectors(file)
     for name, (_, data) in refused.items():
         files[FOLDER / "refuse" / f"{name}.tile"] = data
-    for name, data in (broken_models() | broken_lapped_models()).items():
+    for name, data in (broken_models() | broken_transforms(lapped)).items():
         files[FOLDER / "refuse" / f"{name}.wscm"] = data
     for path, entries in (
         (FOLDER / "decode" / "symbols.json", symbols),

@@ -29,8 +29,9 @@ from wsicodec.models.decoder import load_decoder
 from wsicodec.models.encoder import load_encoder
 
 TYPICAL_CROPS = 40
-LAST_STAGE_GAIN = 60
-"""Encoders try the last stage from this gain on, and keep it where it is worth its bits."""
+LAST_STAGE_GAIN = 66
+"""Encoders try the last stage from this gain on, where its training begins, too, and keep it where
+it is worth its bits."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--diagnostic-gain", type=int, default=90, help="gain of quality 70")
     parser.add_argument("--strength", type=float, default=0.7, help="of the adaptive step, 0 ... 1")
     parser.add_argument("--lagrange", type=float, default=5.0, help="bits per squared step")
+    parser.add_argument("--rgb", type=float, default=0.4, help="errors weighed as in RGB, 0 ... 1")
     arguments = parser.parse_args(argv)
     net, state = load_network(arguments.checkpoint)
     header = {
@@ -56,7 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.crops:
         first = decoder_file(net, header, tables, z_classes)
         second = encoder_file(
-            net, header, first, qualities, LAST_STAGE_GAIN, arguments.strength, arguments.lagrange
+            net,
+            header,
+            first,
+            qualities,
+            LAST_STAGE_GAIN,
+            arguments.strength,
+            arguments.lagrange,
+            arguments.rgb,
         )
         decoder, encoder = load_decoder(first), load_encoder(second)
         span = (int(qualities[0]), int(qualities[-1]))
@@ -68,14 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     decoder_bytes = decoder_file(net, header, tables, z_classes)
     encoder_bytes = encoder_file(
         net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
-        arguments.lagrange,
+        arguments.lagrange, arguments.rgb,
     )  # fmt: skip
     decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
     if arguments.crops:
         typical = typical_qualities(sampler, decoder, encoder, min(arguments.crops, TYPICAL_CROPS))
         encoder_bytes = encoder_file(
             net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
-            arguments.lagrange, typical,
+            arguments.lagrange, arguments.rgb, typical,
         )  # fmt: skip
         encoder = load_encoder(encoder_bytes)
 

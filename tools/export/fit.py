@@ -9,7 +9,7 @@ import numpy as np
 from tools.train.images import Sampler
 from tools.train.tables import TABLE_CLASSES, count_indices
 from wsicodec.codec.cell import CellShape
-from wsicodec.codec.network import LANES_LOG2, Search, TileEncoder, quantise_cell
+from wsicodec.codec.network import LANES_LOG2, TileEncoder, quantise_cell, usual_search
 from wsicodec.codec.rate import ssim_decibels
 from wsicodec.entropy.trellis import split_levels
 from wsicodec.metrics import psnr, ssim
@@ -38,7 +38,7 @@ def count_symbols(
     counts = np.zeros((2, TABLE_CLASSES + 1, 129))
     squares = np.zeros((256, decoder.architecture.z_channels, 2))
     rng = np.random.default_rng(1)
-    search = Search(encoder.step_strength, encoder.lagrange)
+    search = usual_search(encoder)
     for _ in range(crops):
         image = sampler.one()
         near = max(gains[0], usual - NEAR[0]), min(gains[1], usual + NEAR[1])

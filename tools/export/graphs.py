@@ -9,7 +9,6 @@ import numpy as np
 from tools.export.builder import FLOAT, INT8, INT16, UINT8, GraphBuilder, grid
 from tools.train.integer import IntegerConv
 from tools.train.network import STEP_PEAK, STEP_UNIT, ResidualBlock, Stage, TileNetwork
-from tools.train.shipped import raster_order
 
 Array = np.ndarray[Any, Any]
 
@@ -89,22 +88,18 @@ def stage_graph(net: TileNetwork, stage: Stage) -> bytes:
 
 
 def chain_graph(net: TileNetwork) -> bytes:
-    """context (last channel the gain plane) -> correction, both uint8 with 128 for zero."""
+    """context (last channel the gain plane) -> correction of the context channels, channels last;
+    both uint8 with 128 for zero."""
     n = net.settings
     g = NetworkBuilder("chain")
     x, exponent = "context", net.chain[0].in_exponent
-    layers = [*net.chain, net.chain_out]
     zero = np.uint8(128)
-    for i, layer in enumerate(layers):
+    for layer in [*net.chain, net.chain_out]:
         rows = layer.rows()
-        last = i == len(layers) - 1
         weight, bias, shift = (t.numpy() for t in (rows.weight, rows.bias, rows.shift))
-        if last:
-            order = raster_order(n.block)
-            weight, bias, shift = weight[order], bias[order], shift[order]
         # shift = k + in - out, and a row's weights are in steps of 2**-k
         row = -(shift - layer.in_exponent + layer.out_exponent)
-        after = np.uint8(128 if last else 0)
+        after = np.uint8(128 if layer is net.chain_out else 0)
         x = g.quantised_conv(
             x, (weight, bias, row), (-exponent, zero), (-layer.out_exponent, after)
         )
@@ -112,22 +107,20 @@ def chain_graph(net: TileNetwork) -> bytes:
     g.add("Transpose", x, perm=[0, 2, 3, 1], output="correction")
     return g.finish(
         {"context": (UINT8, grid(n.context_channels + 1))},
-        {"correction": (UINT8, ["batch", "rows", "columns", 3 * n.block**2])},
+        {"correction": (UINT8, ["batch", "rows", "columns", n.context_channels])},
     )
 
 
 def analysis_graph(net: TileNetwork) -> bytes:
-    """blocks, linear, plane -> correction of the leading latents, in steps."""
-    n = net.settings
-    k, order = n.analysis_channels, raster_order(n.block)
+    """linear (latents of the linear transform), plane -> correction of the leading ones, in
+    steps."""
+    k = net.settings.analysis_channels
     g = NetworkBuilder("analysis")
     array = lambda t: t.detach().numpy()  # noqa: E731
-    weight = array(net.features.weight).reshape(n.analysis, -1)[:, order] / 64
-    f = g.float_conv("blocks", weight[:, :, None, None], array(net.features.bias))
     d = 1 / (array(net.deviation)[:k] + 4)
     scaled = g.add("Mul", "linear", g.constant(d.reshape(1, -1, 1, 1).astype(np.float32), "scale"))
     unit = g.constant(np.full((1, 1, 1, 1), 1 / 32, np.float32), "scale")
-    x = g.add("Concat", scaled, f, g.add("Mul", "plane", unit), axis=1)
+    x = g.add("Concat", scaled, g.add("Mul", "plane", unit), axis=1)
     x = g.float_conv(x, array(net.analysis[0].weight), array(net.analysis[0].bias))
     for block in list(net.analysis)[1:]:
         assert isinstance(block, ResidualBlock)
@@ -136,11 +129,7 @@ def analysis_graph(net: TileNetwork) -> bytes:
     x = g.float_conv(x, 0.5 * array(net.analysis_out.weight), 0.5 * array(net.analysis_out.bias))
     g.nodes[-1].output[0] = "correction"
     return g.finish(
-        {
-            "blocks": (FLOAT, grid(3 * n.block**2)),
-            "linear": (FLOAT, grid(k)),
-            "plane": (FLOAT, grid(1)),
-        },
+        {"linear": (FLOAT, grid(k)), "plane": (FLOAT, grid(1))},
         {"correction": (FLOAT, grid(k))},
     )
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from tools.export import graphs
-from tools.train.lapping import odd_part
+from tools.train.lapping import HALF, odd_part
 from tools.train.network import TileNetwork
 from tools.train.settings import NetworkSettings
-from tools.train.shipped import raster_order
 from tools.train.tables import SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.models import container
@@ -23,7 +22,7 @@ def load_network(checkpoint: str) -> tuple[TileNetwork, dict[str, Any]]:
     """The averaged network of a checkpoint, and the checkpoint's other contents."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     net = TileNetwork(NetworkSettings.from_dict(state["network"]))
-    net.load_state_dict({k: v.float() for k, v in state["average"].items()})
+    net.load_state_dict(state["average"])
     return net.eval(), state
 
 
@@ -41,7 +40,6 @@ def decoder_file(
 ) -> bytes:
     """The decoder model's bytes."""
     n = net.settings
-    order = raster_order(n.block)
     gain = np.exp(net.log_gain.detach().double().numpy())
     deviation = net.deviation.double().numpy()
     means = n.channels_of(n.mean_stages)
@@ -50,7 +48,8 @@ def decoder_file(
     mean_factor = np.round(deviation[:means] * gain[:means] * 2**8)
     context_factor = np.round(2 ** (27 - 255 / 32) / (gain[:contexts] * deviation[:contexts]))
     kmac = net.kmac_per_pixel()
-    lapping = {"lapping": odd_part(net.border).T.float().numpy()} if n.lapped else {}
+    lapping = odd_part(net.border).T if n.lapped else torch.eye(HALF)
+    colours = torch.linalg.inv(net.colours.double())
     head = {
         "kind": "decoder",
         "architecture": {
@@ -60,7 +59,6 @@ def decoder_file(
             "context_channels": contexts,
             "z_channels": n.z_channels,
             "hyper": n.hyper,
-            **({"lapped": 1} if n.lapped else {}),
         },
         "kmac_per_pixel": round(sum(kmac.values()), 2),
         **header,
@@ -78,9 +76,10 @@ def decoder_file(
             "mean_factor": mean_factor.astype(np.int32),
             "context_factor": context_factor.astype(np.int32),
             "inverse_gain": (1 / gain).astype(np.float32),
-            "basis": net.inverse.numpy().T[:, order].astype(np.float16),
-            "mean": net.mean.numpy()[order].astype(np.float32),
-            **lapping,
+            "order": net.order.numpy().astype(np.uint16),
+            "colours": colours.float().numpy(),
+            "mean": net.mean.numpy(),
+            "lapping": lapping.float().numpy(),
         },
     )
 
@@ -93,6 +92,7 @@ def encoder_file(
     last_stage_gain: int,
     step_strength: float,
     lagrange: float,
+    rgb: float,
     typical: Array | None = None,
 ) -> bytes:
     """The encoder model's bytes, bound to a decoder by its digest.
@@ -100,23 +100,16 @@ def encoder_file(
     typical: (2, points) decibels (PSNR, SSIM) at evenly spaced gains, where known.
     """
     n = net.settings
-    basis, inverse = net.basis.double().numpy(), net.inverse.double().numpy()
-    # basis = inverse' (I x M'M), sample order (colour, row, column)
-    samples = n.block**2
-    blocks = inverse.reshape(3, samples, -1)
-    gram = np.linalg.lstsq(
-        blocks.transpose(1, 2, 0).reshape(-1, 3),
-        basis.reshape(-1, 3, samples).transpose(2, 0, 1).reshape(-1, 3),
-        rcond=None,
-    )[0]
     stage_gain = np.zeros(len(n.stages), np.uint8)
     stage_gain[-1] = last_stage_gain
     head = {
         "kind": "encoder",
         "decoder": container.digest_of(decoder).hex(),
         "corrected": n.analysis_channels,
+        "turned": n.turned,
         "step_strength": step_strength,
         "lagrange": lagrange,
+        "rgb": rgb,
         "network": n.to_dict(),
         **header,
     }
@@ -127,7 +120,6 @@ def encoder_file(
             "hyper_analysis": graphs.hyper_analysis_graph(net),
         },
         {
-            "colour_gram": gram.astype(np.float32),
             "quality_gain": quality_gain.astype(np.uint8),
             "stage_gain": stage_gain,
             **({} if typical is None else {"typical": typical.astype(np.float32)}),

@@ -21,16 +21,17 @@ from typing import Any
 
 import torch
 
+from tools.train.colours import colour_matrix
 from tools.train.images import CropSettings, Sampler, load_sources, write_pack
-from tools.train.klt import block_klt
-from tools.train.lapping import lapped_klt
+from tools.train.lapping import fitted_border
 from tools.train.loader import Loader
 from tools.train.machine import PRECISIONS, Machine
 from tools.train.network import TileNetwork
 from tools.train.run import Run, averaged, save
 from tools.train.settings import NetworkSettings, TrainSettings
 from tools.train.shipped import read_start
-from tools.train.warmstart import match_channels, transform_of, warm_start
+from tools.train.transform import band_statistics
+from tools.train.warmstart import warm_start
 
 ROW_STEPS = 50
 
@@ -70,29 +71,19 @@ def stop_signals() -> Iterator[list[str]]:
             signal.signal(s, handler)
 
 
-def begin(
-    net: TileNetwork, sampler: Sampler, chroma_weight: float, start: str | None, new_basis: bool
-) -> None:
-    """Give a new network its first weights: the KLT of the images, or what a checkpoint or a model
-    holds, with its transform or (``new_basis``) with that of the images."""
+def begin(net: TileNetwork, sampler: Sampler, chroma_weight: float, start: str | None) -> None:
+    """Give a new network its first weights: the spread of the images' latents, or what a checkpoint
+    or a model holds."""
     n = net.settings
-    state = read_start(Path(start)) if start else None
-    old = NetworkSettings.from_dict(state["network"]) if state else n
-    if state is None or new_basis:
-        if n.lapped:
-            net.start_from_klt(*lapped_klt(sampler, chroma_weight))
-        else:
-            net.start_from_klt(*block_klt(sampler, n.block, chroma_weight))
-    else:
-        kept = {k: v.double().numpy() for k, v in transform_of(old, state["average"], n).items()}
-        net.start_from_klt(kept["basis"], kept["deviation"] ** 2, kept["mean"], kept.get("border"))
-    if state is None:
+    if start is None:
+        border = fitted_border(sampler, chroma_weight).float() if n.lapped else None
+        colours = torch.from_numpy(colour_matrix(chroma_weight)).float()
+        variance, mean = band_statistics(sampler, colours, border, n.turned)
+        net.start(variance, mean, colours, border)
         return
-    channels = None
-    if new_basis:
-        channels = match_channels(old, state["average"], n, net.state_dict())
-        print(f"new transform, like the old one by {channels.likeness.mean():.3f} on average")
-    weights, afresh = warm_start(old, state["average"], n, net.state_dict(), channels)
+    state = read_start(Path(start))
+    old = NetworkSettings.from_dict(state["network"])
+    weights, afresh = warm_start(old, state["average"], n, net.state_dict())
     net.load_state_dict(weights)
     print(f"begins as {start}; afresh: {', '.join(afresh) or 'nothing'}")
 
@@ -118,7 +109,7 @@ def train(arguments: argparse.Namespace, stopped: list[str]) -> None:
         run.resume(previous)
     else:
         sampler = Sampler(sources, settings.crop, settings.seed, crops)
-        begin(run.net, sampler, settings.chroma_weight, arguments.start_from, arguments.new_basis)
+        begin(run.net, sampler, settings.chroma_weight, arguments.start_from)
         run.prepare()
     megapixels = sum(i.shape[0] * i.shape[1] for s in sources for i in s.images) / 1e6
     print(f"{len(sources)} sources, {megapixels:.0f} Mpx, {machine}, step {run.step}")
@@ -137,13 +128,13 @@ def train(arguments: argparse.Namespace, stopped: list[str]) -> None:
         ) as loader,
         out.with_suffix(".jsonl").open("a") as journal,
     ):  # fmt: skip
-        progress = Progress(journal, settings.minutes)
+        progress = Progress(journal)
         started = time.monotonic()
-        while run.elapsed < settings.minutes and not stopped:
+        while run.progress < 1 and not stopped:
             asked = time.monotonic()
             pixels = loader.step()
             waited = time.monotonic() - asked
-            log = run.one_step(pixels, run.elapsed / settings.minutes)
+            log = run.one_step(pixels, run.progress)
             run.elapsed = before + (time.monotonic() - started) / 60
             progress.add(run, log, sum(len(p) for p in pixels), waited)
             if run.elapsed - saved >= settings.checkpoint_minutes:
@@ -163,8 +154,8 @@ class Progress:
     crops were waited for.
     """
 
-    def __init__(self, journal: Any, minutes: float) -> None:
-        self.journal, self.minutes = journal, minutes
+    def __init__(self, journal: Any) -> None:
+        self.journal = journal
         self.smooth: dict[str, float] = {}
         self._begin()
 
@@ -189,7 +180,7 @@ class Progress:
         }
         self.journal.write(json.dumps(row) + "\n")
         self.journal.flush()
-        print(bar(run.elapsed / self.minutes), row, flush=True)
+        print(bar(run.progress), row, flush=True)
         self._begin()
 
 
@@ -213,10 +204,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--start-from", metavar="FILE", help="weights to begin with: a checkpoint or a model"
     )
-    parser.add_argument(
-        "--new-basis", action="store_true",
-        help="with --start-from: a transform of --data's images, not the one that the file has",
-    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -259,8 +246,6 @@ def main(argv: list[str] | None = None) -> int:
         count = write_pack(Path(arguments.data), Path(arguments.pack), Path(arguments.out), size)
         print(f"{count} images packed")
         return 0
-    if arguments.new_basis and not arguments.start_from:
-        parser.error("--new-basis is for --start-from")
     with stop_signals() as stopped:
         train(arguments, stopped)
     return 0

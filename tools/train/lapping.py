@@ -19,8 +19,8 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
+from tools.train.colours import colour_matrix
 from tools.train.images import Sampler
-from tools.train.klt import colour_matrix
 
 HALF = 8
 SIDE = 2 * HALF
@@ -76,11 +76,9 @@ def lap(x: Tensor, border: Tensor) -> Tensor:
     return rows @ x @ columns.T
 
 
-def patch_covariance(
-    sampler: Sampler, side: int, chroma_weight: float, crops: int
-) -> tuple[Array, Array]:
-    """(covariance, mean) of ``side x side`` patches, (row, column, colour) twice and once, in the
-    space of ``colour_matrix``, RGB - 128. Mirrored copies are added: no handedness."""
+def patch_covariance(sampler: Sampler, side: int, chroma_weight: float, crops: int) -> Array:
+    """Covariance of ``side x side`` patches, (row, column, colour) twice, in the space of
+    ``colour_matrix``. Mirrored copies are added: no handedness."""
     colours = colour_matrix(chroma_weight).T.astype(np.float32)
     n = side * side * 3
     outer, total, count = np.zeros((n, n)), np.zeros(n), 0
@@ -99,7 +97,7 @@ def patch_covariance(
     mean = (mean + mean[:, ::-1]) / 2
     second = (outer / count).reshape((side, side, 3) * 2)
     second = (second + second[:, ::-1, :, :, ::-1]) / 2
-    return second - np.multiply.outer(mean, mean), mean
+    return np.asarray(second - np.multiply.outer(mean, mean))
 
 
 def _bits(variance: Tensor, error: float) -> Tensor:
@@ -125,14 +123,21 @@ def block_covariance(covariance: Tensor, border: Tensor) -> Tensor:
     return torch.einsum("kd,le,ijcdef->ijcklf", line, line, once).reshape(3 * SIDE**2, -1)
 
 
-def fitted_border(covariance: Array, rounds: int = 40) -> Tensor:
-    """The border filter (16, 16) that takes the fewest bits, from the covariance of patches."""
-    patches = torch.from_numpy(covariance)
+def fitted_border(
+    sampler: Sampler, chroma_weight: float, crops: int = 350, rounds: int = 40
+) -> Tensor:
+    """The border filter (16, 16) after which cosines of normal tissue take the fewest bits."""
+    patches = torch.from_numpy(patch_covariance(sampler, 2 * SIDE, chroma_weight, crops))
     errors = [65025 / 10 ** (p / 10) for p in QUALITIES]
 
+    line = torch.from_numpy(dct(np.eye(SIDE), norm="ortho", axis=0))
+
     def cost(border: Tensor) -> list[Tensor]:
-        c = block_covariance(patches, border)
-        variance = torch.linalg.eigvalsh((c + c.T) / 2)
+        c = block_covariance(patches, border).reshape((SIDE, SIDE, 3) * 2)
+        c = torch.einsum("ua,abcdef,ud->ubcef", line, c, line)
+        c = torch.einsum("vb,ubcef,ve->uvcf", line, c, line)
+        _, turn = torch.linalg.eigh(c.detach().sum((0, 1)) - c[0, 0].detach())
+        variance = torch.einsum("cp,uvcf,fp->uvp", turn, c, turn).flatten()
         return [_bits(variance, e) for e in errors]
 
     plain = [float(b) for b in cost(torch.eye(SIDE, dtype=patches.dtype))]
@@ -153,28 +158,3 @@ def fitted_border(covariance: Array, rounds: int = 40) -> Tensor:
         f"lapped blocks: {least:.3f} of the bits of plain ones, for normal components", flush=True
     )
     return best
-
-
-def lapped_klt(
-    sampler: Sampler, chroma_weight: float, crops: int = 350
-) -> tuple[Array, Array, Array, Array]:
-    """(basis, variance, mean, border): ``block_klt`` of lapped blocks, with their filter.
-
-    basis rows are samples (colour, row, column) of the filtered image, as ``block_klt``'s.
-    """
-    covariance, mean = patch_covariance(sampler, 2 * SIDE, chroma_weight, crops)
-    border = fitted_border(covariance)
-    blocks = block_covariance(torch.from_numpy(covariance), border).numpy()
-    order = np.arange(3 * SIDE**2).reshape(SIDE, SIDE, 3).transpose(2, 0, 1).reshape(-1)
-    blocks = blocks[order][:, order]
-    values, vectors = np.linalg.eigh((blocks + blocks.T) / 2)
-    strongest = np.argsort(-values)
-    colours = colour_matrix(chroma_weight)
-    grey = np.linalg.solve(colours, mean.mean((0, 1)))
-    # filters across borders keep constants, so the mean colour is that of blocks too
-    return (
-        vectors[:, strongest].T @ np.kron(colours, np.eye(SIDE**2)),
-        values[strongest],
-        np.repeat(grey, SIDE**2),
-        border.numpy(),
-    )

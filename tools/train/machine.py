@@ -55,6 +55,6 @@ class Machine:
 
     def prepare(self) -> None:
         """Set torch's switches. TF32 stays off: the eleven bits of its operands hold the integer
-        networks' values but not the squares that SSIM is made of, nor the KLT."""
+        networks' values but not the squares that SSIM is made of."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True

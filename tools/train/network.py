@@ -1,22 +1,21 @@
-"""The tile codec's network: KLT-started linear transform, integer entropy model, int8 chain.
+"""The tile codec's network: lapped cosines, turned colours, integer entropy model, int8 chain.
 
-    lap(x) -> g_a -> y --gain(E)--> v -> search(v - mu) -> q       E = clip(G + 4 z_0, 0, 255)
-               y -> h_a -> z -> h_s -> h                       z_0: adaptive step, from x
-    stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      k = 0 ... len(stages) - 1
-    x_hat    = unlap(linear(y_hat) + step(E) * chain(context(y_hat), E))
+    turn(dct(lap(M (x - mean)))) -> g_a -> y --gain(E)--> v -> search(v - mu) -> q
+               y -> h_a -> z -> h_s -> h                       E = clip(G + 4 z_0, 0, 255)
+    stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      z_0: adaptive step, from x
+    x_hat    = mean + M^-1 unlap(idct(unturn(y_hat + step(E) * chain(context(y_hat), E))))
 
 Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
 Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
-the KLT and its inverse and stay so: no quality is out of reach. The KLT is taken in a colour space
-that counts chroma errors for less than luma errors (``colour_matrix``). Both learned corrections
-scale with the step, so they fade as it shrinks.
+exact inverses and stay so: no quality is out of reach (tools.train.transform). Their colour space
+counts chroma errors for less than luma errors. Both learned corrections scale with the step, so
+they fade as it shrinks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 from tools.train.dependent import DependentSearch, dependent_bits
 from tools.train.integer import IntegerConv, floor_at, straight_through
 from tools.train.lapping import SIDE as LAPPED_SIDE
-from tools.train.lapping import lap
 from tools.train.precision import arithmetic, exact
 from tools.train.settings import NetworkSettings
 from tools.train.tables import SCALE_CLASSES, SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
+from tools.train.transform import bands_of, planes_of, turned, turns_of
 
 GAIN_STEPS_PER_OCTAVE = 32
 GAIN_TOP_STEP = 6  # log2 of the quantisation step at gain index 0
@@ -37,7 +36,7 @@ STEP_UNIT = 4  # gain indices per unit of z_0
 STEP_PEAK = 48
 STEP_REFERENCE = 660.0  # 2 variance + C2 where the adaptive step is neutral: textured tissue
 SSIM_C2 = 58.5225
-MEAN_EXPONENT = 6  # means in 1/64 of a channel's KLT standard deviation
+MEAN_EXPONENT = 6  # means in 1/64 of a channel's standard deviation
 MEAN_PEAK = 1023
 LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
 CHAIN_PEAK = 63
@@ -136,7 +135,7 @@ class Stage(nn.Module):
 
     @exact
     def forward(self, h: Tensor, plane: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale class (float integers) and mean (KLT standard deviations; 0 where none)."""
+        """Scale class (float integers) and mean (in standard deviations; 0 where none)."""
         parts = [h]
         if self.context is not None:
             assert context is not None
@@ -166,10 +165,9 @@ class TileNetwork(nn.Module):
         super().__init__()
         n = self.settings = settings
         self.float_type = torch.float32  # of analysis and h_a, which decide no probability
-        side, channels, pixels = n.block, n.latent_channels, 3 * n.block**2
-        self.features = nn.Conv2d(3, n.analysis, side, stride=side)
+        channels = n.latent_channels
         self.analysis = nn.Sequential(
-            nn.Conv2d(n.analysis_channels + n.analysis + 1, n.analysis, 1),
+            nn.Conv2d(n.analysis_channels + 1, n.analysis, 1),
             *[ResidualBlock(n.analysis) for _ in range(n.analysis_layers)],
         )
         self.analysis_out = nn.Conv2d(n.analysis, n.analysis_channels, 1)
@@ -200,7 +198,7 @@ class TileNetwork(nn.Module):
             )
         self.chain = nn.Sequential(*layers)
         self.chain_out = IntegerConv(
-            n.chain, pixels, 1, out_exponent=CHAIN_OUT_EXPONENT, low=-128, high=127,
+            n.chain, n.context_channels, 1, out_exponent=CHAIN_OUT_EXPONENT, low=-128, high=127,
             weight_peak=CHAIN_PEAK,
         )  # fmt: skip
         nn.init.zeros_(self.chain_out.weight)
@@ -210,35 +208,29 @@ class TileNetwork(nn.Module):
         self.z_log_slope = nn.Parameter(torch.zeros(n.z_channels))
         self.search = DependentSearch()
         self.register_buffer("deviation", torch.ones(channels))
-        self.register_buffer("basis", torch.zeros(channels, pixels))
-        self.register_buffer("inverse", torch.zeros(pixels, channels))
-        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("order", torch.arange(channels))
+        self.register_buffer("colours", torch.eye(3))
+        self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("border", torch.eye(LAPPED_SIDE))
         for module in self.modules():
             if isinstance(module, IntegerConv):
                 module.exact = n.integer
 
     @torch.no_grad()
-    def start_from_klt(
-        self,
-        basis: np.ndarray,
-        variance: np.ndarray,
-        mean: np.ndarray,
-        border: np.ndarray | None = None,
+    def start(
+        self, variance: Tensor, mean: Tensor, colours: Tensor, border: Tensor | None = None
     ) -> None:
-        """Set the linear paths to the KLT of weighted colours (tools.train.klt).
+        """Begin from what tissue looks like (tools.train.transform.band_statistics).
 
-        basis: (components, 3*S*S), rows orthonormal in the weighted space, RGB weights folded in.
-        border: filter across block borders (tools.train.lapping); None: plain blocks.
+        variance: (768,) of the bands, plane by plane. mean: (3,) of RGB - 128. colours: (3, 3),
+        RGB to planes. border: filter across block borders (tools.train.lapping); None: none.
         """
         if border is not None:
-            self.border.copy_(torch.from_numpy(border))
-        n = self.settings
-        c = n.latent_channels
-        self.basis.copy_(torch.from_numpy(basis[:c]))
-        self.inverse.copy_(torch.from_numpy(np.linalg.pinv(basis)[:, :c]))
-        self.mean.copy_(torch.from_numpy(mean))
-        deviation = torch.from_numpy(np.sqrt(np.maximum(variance[:c], 0.25))).float()
+            self.border.copy_(border)
+        self.mean.copy_(mean)
+        self.colours.copy_(colours)
+        self.order.copy_(torch.argsort(-variance, stable=True)[: len(self.order)])
+        deviation = variance[self.order].clamp_min(0.25).sqrt().float()
         self.deviation.copy_(deviation)
         for stage in self.stages:
             d = deviation[stage.first : stage.first + stage.size]
@@ -253,16 +245,37 @@ class TileNetwork(nn.Module):
         d = self.deviation[start : start + y_hat.shape[1]].view(1, -1, 1, 1)
         return floor_at(y_hat / d, UNIT).clamp(-127 / 32, 127 / 32)
 
-    def analyse(self, x: Tensor, gain: Tensor) -> Tensor:
-        """Latents before any gain: KLT coefficients plus a correction that scales with the step."""
-        n, s = self.settings, self.settings.block
-        blocks = F.pixel_unshuffle(x, s)  # (c, dy, dx) order, as the basis
-        linear = F.conv2d(blocks, self.basis[:, :, None, None], -(self.basis @ self.mean))
-        k = n.analysis_channels
+    def linear_latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(latents of the linear transform, (N, 3, 3) turns of their planes)."""
+        n = self.settings
+        centred = x - self.mean.view(1, 3, 1, 1)
+        planes = torch.einsum("ij,njhw->nihw", self.colours, centred)
+        bands = bands_of(planes, self.border if n.lapped else None)
+        if n.turned:
+            turns = turns_of(bands)
+            bands = turned(bands, turns)
+        else:
+            turns = torch.eye(3).to(bands).expand(len(x), 3, 3)
+        return bands.flatten(1, 2)[:, self.order], turns
+
+    def synthesise(self, y_hat: Tensor, turns: Tensor) -> Tensor:
+        """Pixels, RGB - 128, of the leading latents."""
+        count, rows, columns = y_hat.shape[1:]
+        flat = y_hat.new_zeros(len(y_hat), 3 * LAPPED_SIDE**2, rows, columns)
+        flat = flat.index_copy(1, self.order[:count], y_hat)
+        bands = turned(flat.view(len(y_hat), 3, -1, rows, columns), turns.transpose(1, 2))
+        planes = planes_of(bands, self.border if self.settings.lapped else None)
+        back = torch.linalg.inv(self.colours.double()).to(planes)
+        return torch.einsum("ij,njhw->nihw", back, planes) + self.mean.view(1, 3, 1, 1)
+
+    def analyse(self, linear: Tensor, gain: Tensor) -> Tensor:
+        """Latents before any gain: the linear transform's and a correction that scales with the
+        step."""
+        k = self.settings.analysis_channels
         plane = (gain / 32).view(-1, 1, 1, 1).expand(-1, 1, *linear.shape[-2:])
         d = self.deviation[:k].view(1, -1, 1, 1)
-        with arithmetic(x.device, self.float_type):
-            f = torch.cat([linear[:, :k] / (d + 4), self.features(x / 64), plane], 1)
+        with arithmetic(linear.device, self.float_type):
+            f = torch.cat([linear[:, :k] / (d + 4), plane], 1)
             correction = self.analysis_out(self.analysis(f)).float()
         step = 1 / gain_of(gain).view(-1, 1, 1, 1)
         head = linear[:, :k] + 0.5 * step * correction
@@ -291,7 +304,8 @@ class TileNetwork(nn.Module):
         """
         n = self.settings
         stages = len(n.stages) if stages is None else stages
-        y = self.analyse(lap(x, self.border) if n.lapped else x, gain)
+        linear, turns = self.linear_latents(x)
+        y = self.analyse(linear, gain)
         lh, lw = y.shape[-2:]
         constant = (gain / 32).view(-1, 1, 1, 1)
         with arithmetic(x.device, self.float_type):
@@ -343,14 +357,12 @@ class TileNetwork(nn.Module):
             if a < n.context_channels:
                 contexts[a] = self.context_of(decoded[a], a)
         y_hat = torch.cat(list(decoded.values()), 1)
-        pixels = F.conv2d(y_hat, self.inverse[:, : y_hat.shape[1], None, None], self.mean)
         chain_plane = (plane - 4).clamp(-127 / 32, 127 / 32)
         correction = self.chain_out(self.chain(torch.cat([*contexts.values(), chain_plane], 1)))
-        pixels = pixels + correction / g
+        k = n.context_channels
+        y_hat = torch.cat([y_hat[:, :k] + correction / g, y_hat[:, k:]], 1)
         area = x.shape[-1] * x.shape[-2]
-        x_hat = F.pixel_shuffle(pixels, n.block)
-        if n.lapped:
-            x_hat = lap(x_hat, self.border.T)
+        x_hat = self.synthesise(y_hat, turns)
         return x_hat, Rates(bits / area, hyper_bits / area)
 
     def kmac_per_pixel(self, stages: int | None = None) -> dict[str, float]:
@@ -363,6 +375,8 @@ class TileNetwork(nn.Module):
             coded = sum(per_position(m) for m in (s.context, s.middle, s.scale, s.mean))
             entropy += per_position(s.reduce) + LATTICE_SHARE[s.lattice] * coded
         chain = sum(per_position(m) for m in (*self.chain, self.chain_out))
-        linear = n.channels_of(stages) * 3 * n.block**2
+        linear = (
+            2 * 3 * n.block**3 + (3 * 3 * 2 + 2 * 3 * n.block) * n.block**2
+        )  # with lap and colours
         area = n.block**2 * 1000
         return {"entropy": entropy / area, "chain": chain / area, "linear": linear / area}

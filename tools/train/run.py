@@ -46,8 +46,10 @@ def averaged(states: list[dict[str, Any]]) -> dict[str, Any]:
     first = states[0]
     if any(s["network"] != first["network"] for s in states):
         raise ValueError("only networks of one shape can be averaged")
+    if any(not torch.equal(s["average"]["order"], first["average"]["order"]) for s in states):
+        raise ValueError("only networks of one transform can be averaged")
     average = {
-        k: sum(s["average"][k].double() for s in states).to(v.dtype) / len(states)
+        k: (sum(s["average"][k].double() for s in states) / len(states)).to(v.dtype)
         for k, v in first["average"].items()
     }
     return {**{k: first[k] for k in ("network", "train", "step", "elapsed")}, "average": average}
@@ -104,15 +106,16 @@ class Run:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what an averaged or older one lacks begins anew."""
-        older = {"border": self.net.border.clone()}  # before there were lapped blocks
-        self.net.load_state_dict(older | (state.get("weights") or state["average"]))
+        """Go on from a checkpoint; what an averaged one lacks begins anew."""
+        weights = state.get("weights") or state["average"]
+        if "order" not in weights:
+            raise ValueError("a checkpoint of another transform (no 'order') cannot go on")
+        self.net.load_state_dict(weights)
         self.prepare()
         if state.get("optimiser"):
             self.optimiser.load_state_dict(state["optimiser"])
         if state.get("average"):
-            average = older | state["average"]
-            self.average = {k: v.to(self.machine.device) for k, v in average.items()}
+            self.average = {k: v.to(self.machine.device) for k, v in state["average"].items()}
         if state.get("search"):
             search, saved = self.net.search, state["search"]
             search.counts, search.calls = saved["counts"].numpy().copy(), saved["calls"]
@@ -129,14 +132,23 @@ class Run:
         else:
             torch.manual_seed(self.settings.seed + self.step)
 
-    def rates(self, count: int) -> tuple[bool, Array, Array]:
-        """(low rates, gain index, strength) of this step's ``count`` images."""
+    def rates(self, count: int) -> tuple[bool, bool, Array, Array]:
+        """(low rates, last stage coded, gain index, strength) of this step's ``count`` images."""
         s = self.settings
         rng = np.random.default_rng((s.seed, 0, self.step))
         low = bool(rng.random() < s.low_share)
+        finest = not low or bool(rng.random() < s.finest_share)
         a, b = s.low_gain if low else s.high_gain
+        if low and finest:
+            a = max(a, min(b, s.finest_gain))
         gain = rng.integers(a, b + 1, count).astype(np.float32)
-        return low, gain, rng.uniform(*s.strength, count).astype(np.float32)
+        return low, finest, gain, rng.uniform(*s.strength, count).astype(np.float32)
+
+    @property
+    def progress(self) -> float:
+        """Share of the schedule that is done."""
+        s = self.settings
+        return self.step / s.steps if s.steps else self.elapsed / s.minutes
 
     def one_step(self, pixels: Sequence[Array], progress: float) -> dict[str, float]:
         """Accumulate the gradients of some batches of images (n, 3, rows, columns) uint8, and make
@@ -146,8 +158,8 @@ class Run:
             group["lr"] = s.lr * learning_rate_factor(self.step, progress, s)
         self.optimiser.zero_grad(set_to_none=True)
         count = sum(len(p) for p in pixels)
-        low, gains, strengths = self.rates(count)
-        stages = len(self.net.settings.stages) - (1 if low else 0)
+        low, finest, gains, strengths = self.rates(count)
+        stages = len(self.net.settings.stages) - (0 if finest else 1)
         log = dict.fromkeys(("loss", "bpp", "hyper", "psnr", "ssim"), 0.0)
         done = 0
         for images in pixels:
@@ -189,4 +201,5 @@ class Run:
             self.average = {k: v.clone() for k, v in now.items()}
             return
         for k, v in now.items():
-            self.average[k].lerp_(v, 1 - decay)
+            if v.is_floating_point():
+                self.average[k].lerp_(v, 1 - decay)

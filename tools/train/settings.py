@@ -10,12 +10,13 @@ from typing import Any
 class NetworkSettings:
     """Shape of the codec network. Channel counts are latents unless said otherwise.
 
-    block: side of the KLT block in pixels; one latent position covers ``block x block`` pixels.
+    block: side of a block in pixels; one latent position covers ``block x block`` pixels.
     integer: False trains entropy networks and chain in real numbers, which cannot be exported: to
         measure what integers cost.
     lapped: blocks overlap by eight pixels on every side (tools.train.lapping).
-    stages: (first channel, channels, lattice) in coding order, channels in KLT order. Lattices:
-        0 all positions, 1 even rows and columns, 2 odd rows and columns, 3 the rest.
+    turned: colour planes are turned, image by image (wsicodec.codec.colours).
+    stages: (first channel, channels, lattice) in coding order, channels from the strongest on.
+        Lattices: 0 all positions, 1 even rows and columns, 2 odd rows and columns, 3 the rest.
     mean_stages: stages below this index predict a mean, the others a scale alone.
     context_channels: leading latents that later stages and the correction chain see.
     z_channels: hyper-latents, one per 2x2 latent positions.
@@ -27,6 +28,7 @@ class NetworkSettings:
 
     block: int = 16
     lapped: bool = True
+    turned: bool = True
     integer: bool = True
     stages: tuple[tuple[int, int, int], ...] = (
         (0, 16, 1),
@@ -44,9 +46,9 @@ class NetworkSettings:
     context_channels: int = 192
     z_channels: int = 8
     hyper: int = 64
-    context: int = 64
-    middle: int = 128
-    chain: int = 128
+    context: int = 96
+    middle: int = 192
+    chain: int = 160
     chain_kernels: tuple[int, ...] = (1, 3)
     analysis: int = 128
     analysis_layers: int = 2
@@ -71,8 +73,7 @@ class NetworkSettings:
             raise ValueError(f"unknown network settings: {sorted(unknown)}")
         stages = tuple((int(a), int(b), int(c)) for a, b, c in values["stages"])
         kernels = tuple(int(k) for k in values["chain_kernels"])
-        lapped = bool(values.get("lapped", False))
-        return cls(**{**values, "stages": stages, "chain_kernels": kernels, "lapped": lapped})
+        return cls(**{**values, "stages": stages, "chain_kernels": kernels})
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,19 @@ class TrainSettings:
     """How a network is fitted.
 
     minutes: wall-clock length of the whole schedule, resumed runs included.
+    steps: where not 0, its length in steps instead: equal training for networks of unequal speed.
     ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
         error and of 1 - SSIM(luma) alike. Each image's weight is this times its strength.
     strength: range of the adaptive step's strength, drawn per image.
-    chroma_weight: of chroma errors in the colour space of the KLT, against luma's 1.
+    chroma_weight: of chroma errors in the transform's colour space, against luma's 1.
     lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``.
-    low_share: share of batches at low and middle rates, coded without the last group.
+    low_share: share of batches at low and middle rates.
+    finest_share: share of those that are coded with the last stage, too, from ``finest_gain`` on;
+        the others are coded without it, as most tiles are.
     """
 
     minutes: float = 30.0
+    steps: int = 0
     batch: int = 8
     accumulate: int = 1
     crop: int = 256
@@ -99,7 +104,9 @@ class TrainSettings:
     ssim_weight: float = 5.0
     strength: tuple[float, float] = (0.0, 1.0)
     chroma_weight: float = 0.75
-    low_share: float = 0.85
+    low_share: float = 0.88
+    finest_share: float = 0.2
+    finest_gain: int = 48
     low_gain: tuple[int, int] = (8, 128)
     high_gain: tuple[int, int] = (120, 240)
     ema: float = 0.998

@@ -24,12 +24,6 @@ from wsicodec.models import container
 Array = np.ndarray[Any, Any]
 
 
-def raster_order(block: int) -> Array:
-    """Index of sample (row, column, colour) within (colour, row, column)."""
-    index = np.arange(3 * block * block).reshape(3, block, block)
-    return index.transpose(1, 2, 0).reshape(-1)
-
-
 class _Graph:
     """Constants of a graph, and the layers that use them, in order."""
 
@@ -69,6 +63,13 @@ class _Graph:
             found.append((weight.astype(float), bias.astype(float), np.log2(scale)))
         return found
 
+    def scale(self, channels: int) -> Array:
+        """(channels,): the factor of an encoder network's first channels."""
+        shape = (1, channels, 1, 1)
+        return (
+            next(c for c in self.constants.values() if c.shape == shape).reshape(-1).astype(float)
+        )
+
 
 def _restore(layer: IntegerConv, stored: tuple[Array, Array, Array], chain: bool) -> None:
     """Give a layer the stored integers: y = (W x + b) 2^-shift, shift = k + in - out."""
@@ -83,13 +84,16 @@ def state_of_model(decoder: bytes, encoder: bytes) -> dict[str, Any]:
     """What a checkpoint holds (``network``, ``average``, ``step``, ``elapsed``), from the files of
     a decoder and of its encoder.
 
-    Raises ValueError where the two do not belong together or do not say their network's settings.
+    Raises ValueError where the two do not belong together, do not say their network's settings or
+    are of another transform.
     """
     d, e = container.parse(decoder), container.parse(encoder)
     if e.header.get("decoder") != d.digest.hex() or "network" not in e.header:
         raise ValueError("not a decoder and its encoder, made by tools.export")
+    if "order" not in d.tensors:
+        raise ValueError("the model's transform is not one of cosines: no tensor 'order'")
     net = TileNetwork(NetworkSettings.from_dict(e.header["network"]))
-    n, order = net.settings, raster_order(net.settings.block)
+    n = net.settings
 
     hyper = _Graph(d.graphs["hyper"]).layers()
     _restore(net.h_s_expand, hyper[0], False)
@@ -101,8 +105,6 @@ def state_of_model(decoder: bytes, encoder: bytes) -> dict[str, Any]:
         for layer, values in zip(layers, stored, strict=True):
             _restore(layer, values, False)
     chain = _Graph(d.graphs["chain"]).layers()
-    back = np.argsort(order)
-    chain[-1] = (chain[-1][0][back], chain[-1][1][back], chain[-1][2][back])
     for layer, values in zip([*net.chain, net.chain_out], chain, strict=True):
         _restore(layer, values, True)
 
@@ -111,37 +113,30 @@ def state_of_model(decoder: bytes, encoder: bytes) -> dict[str, Any]:
         module.bias.data = torch.from_numpy(bias).float()
 
     analysis = _Graph(e.graphs["analysis"])
-    features, first, *blocks, last = analysis.layers()
-    place(
-        net.features,
-        (64 * features[0][:, back, 0, 0]).reshape(n.analysis, 3, n.block, n.block),
-        features[1],
-    )
+    first, *blocks, last = analysis.layers()
     place(net.analysis[0], first[0], first[1])
     modules = [m for block in list(net.analysis)[1:] for m in (block.a, block.b)]
     for module, values in zip(modules, blocks, strict=True):
         place(module, values[0], values[1])
     place(net.analysis_out, 2 * last[0], 2 * last[1])
-    for module, values in zip(
-        (net.h_a[0], net.h_a[2]), _Graph(e.graphs["hyper_analysis"]).layers(), strict=True
-    ):
+    hyper_analysis = _Graph(e.graphs["hyper_analysis"])
+    for module, values in zip((net.h_a[0], net.h_a[2]), hyper_analysis.layers(), strict=True):
         factor = 0.25 if module is net.h_a[2] else 1.0
         place(module, factor * values[0], factor * values[1])
 
     net.log_gain.data = -torch.from_numpy(np.log(d.tensors["inverse_gain"])).float()
-    rows = d.tensors["basis"].astype(float)  # (channels, row column colour)
-    inverse = rows[:, back]
-    forward = (rows.reshape(len(rows), -1, 3) @ e.tensors["colour_gram"]).reshape(len(rows), -1)
-    net.inverse.copy_(torch.from_numpy(inverse.T))
-    net.basis.copy_(torch.from_numpy(forward[:, back]))
-    net.mean.copy_(torch.from_numpy(d.tensors["mean"][back]))
+    net.order.copy_(torch.from_numpy(d.tensors["order"].astype(np.int64)))
+    net.colours.copy_(torch.from_numpy(np.linalg.inv(d.tensors["colours"].astype(float))))
+    net.mean.copy_(torch.from_numpy(d.tensors["mean"].copy()))
     if n.lapped:
         net.border.copy_(border_filter(torch.from_numpy(d.tensors["lapping"].T.astype(float))))
-    shape = (1, n.analysis_channels, 1, 1)
-    scale = next(c for c in analysis.constants.values() if c.shape == shape)
-    known = 1 / scale.reshape(-1).astype(float) - 4
-    deviation = np.concatenate([known, np.full(n.latent_channels - len(known), known.min())])
-    net.deviation.copy_(torch.from_numpy(deviation))
+    known = (
+        1 / analysis.scale(n.analysis_channels) - 4,
+        1 / hyper_analysis.scale(n.context_channels),
+    )
+    net.deviation.fill_(min(float(part.min()) for part in known))
+    for part in known:
+        net.deviation[: len(part)] = torch.from_numpy(part).float()
 
     classes = d.tensors["z_classes"].astype(float)
     log = np.log(2) * ((classes - 1) / SCALE_STEPS_PER_OCTAVE + SCALE_LOG2_OF_CLASS_1)

@@ -1,4 +1,4 @@
-"""Weights of one network as the start of another: of other widths, stages, lattices or transform.
+"""Weights of one network as the start of another: of other widths, stages or lattices.
 
 Rows and columns of weights are *units*, of axes that several weights share: the channels of the
 trunk of the analysis, the outputs of a stage's middle layer, the latents. For every axis it is said
@@ -7,8 +7,7 @@ once which old unit a new one continues, and all weights follow it:
 - A wider axis has the old units first. Rows of new units keep their random weights, columns that
   read them are zero: they change nothing yet.
 - A narrower axis keeps the units whose outgoing weights have the largest norms, in their order.
-- Latents continue in their order, or, with a new transform, as the most similar channel, with its
-  sign (``match_channels``).
+- Latents, and the transform that they are of, continue as they are.
 
 A layer is taken over whole or begins afresh; what a fresh layer gives counts as new units. The
 functions change nothing that they are given.
@@ -16,22 +15,21 @@ functions change nothing that they are given.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from tools.train.network import TileNetwork
 from tools.train.settings import NetworkSettings
 
 HIDDEN = 96
 """Width of the middle of h_a."""
 
-TRANSFORM = ("basis", "inverse", "mean", "deviation", "border")
+TRANSFORM = ("order", "colours", "mean", "deviation", "border")
 
 Array = np.ndarray[Any, Any]
 State = dict[str, Tensor]
@@ -41,7 +39,7 @@ State = dict[str, Tensor]
 class Units:
     """Neighbouring rows or columns of a weight: ``width`` units of an axis from ``first`` on.
 
-    each: rows or columns of one unit. signed: their sign is that of the latent.
+    each: rows or columns of one unit. signed: of latents themselves, not of their magnitudes.
     """
 
     axis: str
@@ -72,12 +70,11 @@ def layers_of(n: NetworkSettings, stages: dict[int, int]) -> dict[str, Layer]:
     latents, plane = n.latent_channels, Units("plane", 1)
     seen_latents = Units("latents", n.context_channels, signed=True)
     analysed = Units("latents", n.analysis_channels, signed=True)
-    trunk, features = Units("trunk", n.analysis), Units("features", n.analysis)
+    trunk = Units("trunk", n.analysis)
     z, step = Units("z", n.z_channels - 1), Units("step", 1)
     hidden, hyper = Units("hidden", HIDDEN), Units("hyper", n.hyper)
     layers = {
-        "features": Layer((features,), (Units("colours", 3),)),
-        "analysis.0": Layer((trunk,), (analysed, features, plane)),
+        "analysis.0": Layer((trunk,), (analysed, plane)),
         "analysis_out": Layer((analysed,), (trunk,)),
         "h_a.0": Layer((hidden,), (seen_latents, plane)),
         "h_a.2": Layer((z,), (hidden,)),
@@ -95,7 +92,7 @@ def layers_of(n: NetworkSettings, stages: dict[int, int]) -> dict[str, Layer]:
     for i in range(len(n.chain_kernels)):
         layers[f"chain.{i}"] = Layer((Units(f"chain.{i}", n.chain),), before)
         before = (Units(f"chain.{i}", n.chain),)
-    layers["chain_out"] = Layer((Units("pixels", 3 * n.block**2),), before)
+    layers["chain_out"] = Layer((seen_latents,), before)
     layers = {name: replace(layer, source=name) for name, layer in layers.items()}
     for key, own in stages.items():
         for name, layer in stage_layers(n, own, f"stages.{key}.").items():
@@ -139,64 +136,6 @@ def stage_sources(old: Sequence[Sequence[int]], new: NetworkSettings) -> dict[in
     return sources
 
 
-# -- latents of another transform --
-
-
-@dataclass(frozen=True)
-class Channels:
-    """For each new latent channel the old one that it continues, -1 for none, and its sign.
-
-    likeness: |cosine| of what the two look at, 0 for none.
-    """
-
-    source: Array
-    sign: Array
-    likeness: Array
-
-    @classmethod
-    def kept(cls, old: int, new: int) -> Channels:
-        source = np.where(np.arange(new) < old, np.arange(new), -1)
-        return cls(source, np.ones(new), (source >= 0).astype(float))
-
-
-def looks(state: State, n: NetworkSettings) -> Array:
-    """(latents, 3 * 32 * 32): what each latent looks at, its block and half a block around it, of
-    unit length."""
-    side = n.block
-    border = state["border"].double() if n.lapped else torch.eye(side).double()
-    line = torch.block_diag(border, border)[side // 2 : side // 2 + side]
-    rows = state["basis"].double().reshape(-1, 3, side, side)
-    wide = torch.einsum("ckij,ia,jb->ckab", rows, line, line).reshape(len(rows), -1).numpy()
-    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12))
-
-
-def match_channels(
-    old: NetworkSettings, old_state: State, new: NetworkSettings, new_state: State
-) -> Channels:
-    """One to one, so that the sum of likenesses is largest.
-
-    No channel leaves its range: those of the stages of both networks, cut where contexts and the
-    analysis correction end.
-    """
-    if old.block != new.block:
-        raise ValueError(f"blocks of {old.block} pixels have no likeness to those of {new.block}")
-    count = new.latent_channels
-    cuts = {0, old.latent_channels, count}
-    for n in (old, new):
-        cuts |= {n.context_channels, n.analysis_channels}
-        cuts |= {c for first, size, _ in n.stages for c in (first, first + size)}
-    cosine = looks(new_state, new) @ looks(old_state, old).T
-    source, sign, likeness = np.full(count, -1), np.ones(count), np.zeros(count)
-    ends = sorted(c for c in cuts if c <= min(old.latent_channels, count))
-    for a, b in itertools.pairwise(ends):
-        rows, columns = linear_sum_assignment(-np.abs(cosine[a:b, a:b]))
-        source[a + rows] = a + columns
-    found = source >= 0
-    value = cosine[found, source[found]]
-    sign[found], likeness[found] = np.where(value < 0, -1, 1), np.abs(value)
-    return Channels(source, sign, likeness)
-
-
 # -- the plan: which layers are taken, and which old unit each new one continues --
 
 
@@ -206,7 +145,7 @@ def _owners(layers: dict[str, Layer]) -> dict[str, list[str]]:
     for name, layer in layers.items():
         if layer.columns and not layer.adds:
             for units in layer.rows:
-                if units.axis not in ("latents", "pixels"):
+                if units.axis != "latents":
                     owners.setdefault(units.axis, []).append(name)
     return owners
 
@@ -263,11 +202,13 @@ def _widths(layers: dict[str, Layer]) -> dict[str, int]:
 def continued_units(
     old: dict[str, Layer], new: dict[str, Layer], old_state: State, taken: set[str]
 ) -> dict[str, Array]:
-    """For each axis but the latents: the old unit that each new one continues, -1 for none."""
+    """For each axis: the old unit that each new one continues, -1 for none."""
     before, after, owners = _widths(old), _widths(new), _owners(new)
     units = {}
     for axis, width in after.items():
-        if axis not in before or not taken.issuperset(owners.get(axis, ())):
+        if axis == "latents":
+            units[axis] = np.arange(width)
+        elif axis not in before or not taken.issuperset(owners.get(axis, ())):
             units[axis] = np.full(width, -1)
         elif width >= before[axis]:
             units[axis] = np.where(np.arange(width) < before[axis], np.arange(width), -1)
@@ -281,12 +222,12 @@ def continued_units(
 
 
 def _entries(
-    target: tuple[Units, ...], source: tuple[Units, ...], units: dict[str, Array], sign: Array
-) -> tuple[Tensor, Tensor]:
-    """(entry of the old rows or columns, -1 for none; its sign) for each entry of the new ones."""
+    target: tuple[Units, ...], source: tuple[Units, ...], units: dict[str, Array]
+) -> Tensor:
+    """Entry of the old rows or columns, -1 for none, for each entry of the new ones."""
     starts = np.cumsum([0, *(s.width * s.each for s in source)])
     places = {(s.axis, s.signed): (s, int(a)) for s, a in zip(source, starts, strict=False)}
-    found, signs = [], []
+    found = []
     for t in target:
         old = units[t.axis][t.first : t.first + t.width]
         if (t.axis, t.signed) in places:
@@ -297,9 +238,7 @@ def _entries(
         else:
             entry = np.full((t.width, t.each), -1)
         found.append(entry.reshape(-1))
-        flip = sign[t.first : t.first + t.width] if t.signed else np.ones(t.width)
-        signs.append(np.repeat(flip, t.each))
-    return torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(signs)).float()
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _with_kernel(source: Tensor, sides: torch.Size) -> Tensor:
@@ -314,79 +253,56 @@ def _with_kernel(source: Tensor, sides: torch.Size) -> Tensor:
     return wide
 
 
-def _followed(
-    target: Tensor,
-    source: Tensor,
-    rows: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+def _followed(target: Tensor, source: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
     """``target`` with the rows that have a counterpart in ``source``; their other columns are 0."""
-    entry, sign = rows
-    taken = entry >= 0
-    values = source[entry[taken]] * sign[taken].view(-1, *[1] * (source.dim() - 1))
+    taken = rows >= 0
+    values = source[rows[taken]]
     if columns is not None:
         values = _with_kernel(values, target.shape[2:])
-        at, flip = columns
         shape = (1, -1, *[1] * (target.dim() - 2))
-        values = values[:, at.clamp_min(0)] * (flip * (at >= 0)).view(shape)
+        values = values[:, columns.clamp_min(0)] * (columns >= 0).view(shape)
     result = target.clone()
     result[taken] = values.to(target)
     return result
 
 
 def warm_start(
-    old: NetworkSettings,
-    old_state: State,
-    new: NetworkSettings,
-    new_state: State,
-    channels: Channels | None = None,
+    old: NetworkSettings, old_state: State, new: NetworkSettings, new_state: State
 ) -> tuple[State, list[str]]:
     """(the new network's weights, names of the layers that begin afresh).
 
-    channels: how latents continue in the new network's own transform (``match_channels``); without
-    it the old transform is taken over, too. Raises ValueError where that is not possible.
+    The transform is the old one, and fresh layers begin as ``TileNetwork.start`` lets them begin
+    with it. Raises ValueError where that is not possible.
     """
-    if old.block != new.block:
-        raise ValueError(f"blocks of {old.block} pixels cannot begin as those of {new.block}")
+    count = new.latent_channels
+    missing = [name for name in TRANSFORM if name not in old_state]
+    if missing:
+        raise ValueError(f"the old network's transform is not one of cosines: no {missing[0]!r}")
+    if (old.block, old.lapped, old.turned) != (new.block, new.lapped, new.turned):
+        raise ValueError("the old network's transform is another: block, lapped or turned differ")
+    if count > old.latent_channels:
+        raise ValueError(f"the old network has {old.latent_channels} latents, not {count}")
     stages = stage_sources(old.stages, new)
     mine = layers_of(new, {k: k for k in range(len(new.stages))})
     theirs = layers_of(old, stages)
     taken = taken_layers(theirs, mine, old_state, new_state)
     units = continued_units(theirs, mine, old_state, taken)
-    keep = channels is None
-    channels = channels or Channels.kept(old.latent_channels, new.latent_channels)
-    units["latents"] = channels.source
-    state = {k: v.clone() for k, v in new_state.items()}
-    if keep:
-        state |= transform_of(old, old_state, new)
+    variance = torch.zeros(3 * old.block**2)
+    variance[old_state["order"]] = old_state["deviation"].float() ** 2
+    net = TileNetwork(new)
+    net.load_state_dict(new_state)
+    net.start(variance, old_state["mean"], old_state["colours"], old_state["border"])
+    state = net.state_dict()
+    for name in ("order", "deviation"):
+        state[name] = old_state[name][:count].clone()
     for name in taken:
         layer, source = mine[name], theirs[name]
-        rows = _entries(layer.rows, source.rows, units, channels.sign)
+        rows = _entries(layer.rows, source.rows, units)
         if not layer.columns:
-            state[name] = _followed(new_state[name], old_state[source.source], rows, None)
+            state[name] = _followed(state[name], old_state[source.source], rows, None)
             continue
-        columns = _entries(layer.columns, source.columns, units, channels.sign)
+        columns = _entries(layer.columns, source.columns, units)
         for kind, along in (("weight", columns), ("bias", None)):
             there = old_state[f"{source.source}.{kind}"]
-            state[f"{name}.{kind}"] = _followed(new_state[f"{name}.{kind}"], there, rows, along)
-        if name.endswith(".scale"):  # scales are in steps: they follow the spread of the channel
-            first, size = layer.rows[0].first, layer.rows[0].width
-            old_channels = channels.source[first : first + size]
-            spread = state["deviation"][first : first + size]
-            octaves = torch.log2(spread / old_state["deviation"][old_channels.clip(0)].to(spread))
-            state[f"{name}.bias"] += octaves * torch.from_numpy(rows[0].numpy() >= 0)
+            state[f"{name}.{kind}"] = _followed(state[f"{name}.{kind}"], there, rows, along)
     return state, sorted(mine.keys() - taken)
-
-
-def transform_of(old: NetworkSettings, old_state: State, new: NetworkSettings) -> State:
-    """The old network's transform, cut to the new network's latents."""
-    count = new.latent_channels
-    if (old.block, old.lapped) != (new.block, new.lapped) or count > old.latent_channels:
-        raise ValueError(
-            "the old network's transform does not fit the new one: another block, lapping or more "
-            "latents; begin with a new transform (--new-basis)"
-        )
-    state = {k: old_state[k].clone() for k in TRANSFORM if k in old_state}
-    state["basis"], state["inverse"] = state["basis"][:count], state["inverse"][:, :count]
-    state["deviation"] = state["deviation"][:count]
-    return state

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from wsicodec import bitstream
+from wsicodec.bitstream import Tile
 from wsicodec.codec.protocol import Codec, Image, TileInfo, check_image, check_quality
 from wsicodec.errors import FormatError, SettingsError, TruncatedError
 from wsicodec.settings import thread_budget
@@ -122,7 +123,8 @@ def decode_batch(
 ) -> Image | list[Image]:
     """Pixels of many tiles, decoded by up to ``threads`` threads (default: the thread budget).
 
-    Returns one (count, rows, columns, 3) array when all tiles have one size, else a list.
+    Returns one (count, rows, columns, 3) array when all tiles have one size, else a list. Where it
+    raises, what ``out`` holds is undefined.
     """
     _check_device(device)
     workers = thread_budget() if threads is None else threads
@@ -131,7 +133,8 @@ def decode_batch(
     streams = [bytes(item) for item in data]
     if not streams:
         return np.empty((0, 0, 0, 3), np.uint8) if out is None else out
-    shapes = {_size_of(s) for s in streams}
+    tiles = [bitstream.parse(s) if bitstream.is_tile(s) else None for s in streams]
+    shapes = {_size_of(s, t) for s, t in zip(streams, tiles, strict=True)}
     uniform = len(shapes) == 1
     target: Image | None = None
     if uniform:
@@ -146,10 +149,11 @@ def decode_batch(
 
     def run(group: list[int]) -> None:
         outs = None if target is None else [target[i] for i in group]
-        for i, image in zip(group, _decode_group([streams[i] for i in group], outs), strict=True):
+        images = _decode_group([(streams[i], tiles[i]) for i in group], outs)
+        for i, image in zip(group, images, strict=True):
             results[i] = image
 
-    groups = _groups(streams, workers)
+    groups = _groups(tiles, workers)
     if workers == 1 or len(groups) == 1:
         for group in groups:
             run(group)
@@ -159,16 +163,14 @@ def decode_batch(
     return [r for r in results if r is not None] if target is None else target
 
 
-def _groups(streams: Sequence[bytes], workers: int) -> list[list[int]]:
-    """Indices of streams that networks may decode in one run: learned tiles of one model, size and
+def _groups(tiles: Sequence[Tile | None], workers: int) -> list[list[int]]:
+    """Indices of tiles that networks may decode in one run: learned ones of one model, size and
     number of stages, at most ``BATCH_PIXELS``, and no fewer groups than there are workers."""
     alike: dict[object, list[int]] = {}
-    for i, stream in enumerate(streams):
+    for i, tile in enumerate(tiles):
         key: object = i
-        if bitstream.is_tile(stream):
-            tile = bitstream.parse(stream)
-            if tile.learned is not None:
-                key = (tile.learned.model, tile.learned.stages, tile.height, tile.width)
+        if tile is not None and tile.learned is not None:
+            key = (tile.learned.model, tile.learned.stages, tile.height, tile.width)
         alike.setdefault(key, []).append(i)
     groups = []
     for key, members in alike.items():
@@ -182,12 +184,15 @@ def _groups(streams: Sequence[bytes], workers: int) -> list[list[int]]:
     return groups
 
 
-def _decode_group(streams: list[bytes], outs: list[Image] | None) -> list[Image]:
-    if len(streams) == 1:
-        return [decode(streams[0], out=None if outs is None else outs[0])]
+def _decode_group(
+    group: Sequence[tuple[bytes, Tile | None]], outs: list[Image] | None
+) -> list[Image]:
+    stream, tile = group[0]
+    if tile is None or tile.learned is None:
+        return [decode(stream, out=None if outs is None else outs[0])]
     from wsicodec.codec.learned import decode_alike
 
-    return decode_alike(streams, outs)
+    return decode_alike([tile for _, tile in group if tile is not None], outs)
 
 
 def probe(data: Buffer) -> TileInfo:
@@ -196,12 +201,9 @@ def probe(data: Buffer) -> TileInfo:
     return codec_of(stream).probe(stream)
 
 
-def _size_of(stream: bytes) -> tuple[int, int]:
+def _size_of(stream: bytes, tile: Tile | None) -> tuple[int, int]:
     """(height, width) of a stream, without looking up its model as ``probe`` does."""
-    if bitstream.is_tile(stream):
-        tile = bitstream.parse(stream)
-        return tile.height, tile.width
-    info = probe(stream)
+    info = tile or probe(stream)
     return info.height, info.width
 
 

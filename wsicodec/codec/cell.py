@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsicodec.codec.lapping import line_weights
-from wsicodec.codec.pixels import paint, panels_of
+from wsicodec.codec.colours import Turn
+from wsicodec.codec.cosine import BLOCK
+from wsicodec.codec.pixels import brush_of, colours_of, mixed_colours, paint
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.compiled import compiled
 from wsicodec.entropy.kernel import BAD_ESCAPE, Decoder, check_status, decode_symbols
@@ -29,12 +30,9 @@ from wsicodec.models.lattice import lattice_positions
 from wsicodec.models.networks import Cells, run_hyper
 
 CELL = 512
-BLOCK = 16
-SAMPLES = 3 * BLOCK * BLOCK
 LEVEL_PEAK = 2 * SYMBOL_PEAK
 INDEX_PEAK = SYMBOL_PEAK - 2  # searches look at neighbours
 STEPS_PER_OCTAVE = 32
-SPARSE_SHARE = 0.2
 BAD_HYPER = 100  # a status beside those of the entropy coder
 TOP_STEP = 64.0  # quantisation step at gain index 0
 
@@ -167,13 +165,14 @@ class CellLatents:
     """What a coded cell holds once all symbols are known.
 
     y: (coded channels, positions) float32. gains: (positions,) uint8 effective gain indices.
-    cells, index: the networks of the batch that it is one of.
+    turn: of the colour planes. cells, index: the networks of the batch that it is one of.
     """
 
     shape: CellShape
     stages: int
     y: npt.NDArray[np.float32]
     gains: npt.NDArray[np.uint8]
+    turn: Turn
     cells: Cells
     index: int
 
@@ -192,9 +191,10 @@ _NO_FACTOR = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, eq=False)
 class CellJob:
-    """A cell to code: its gain index and where its symbols come from."""
+    """A cell to code: its gain index, its colours' turn and where its symbols come from."""
 
     gain: int
+    turn: Turn
     hyper_source: HyperSource
     stage_source: StageSource
 
@@ -238,7 +238,9 @@ def code_cells(
             )  # fmt: skip
             if not fine:
                 raise FormatError("a symbol is beyond the format's range")
-    return [CellLatents(shape, stages, y[n], gains[n], cells, n) for n in range(count)]
+    return [
+        CellLatents(shape, stages, y[n], gains[n], job.turn, cells, n) for n, job in enumerate(jobs)
+    ]
 
 
 @compiled
@@ -291,6 +293,7 @@ def read_cells(
     model: DecoderModel,
     streams: Sequence[Decoder],
     gains: Sequence[int],
+    turns: Sequence[Turn],
     stages: int,
     shape: CellShape,
 ) -> list[CellLatents]:
@@ -300,8 +303,8 @@ def read_cells(
         return lambda _k, classes, _means, _gains: stream.get(classes, dependent=True)
 
     jobs = [
-        CellJob(gain, stream.get, classes_alone(stream))
-        for gain, stream in zip(gains, streams, strict=True)
+        CellJob(gain, turn, stream.get, classes_alone(stream))
+        for gain, turn, stream in zip(gains, turns, streams, strict=True)
     ]
     return code_cells(model, jobs, stages, shape)
 
@@ -309,19 +312,17 @@ def read_cells(
 @compiled
 def _decode_cell(
     arena, wide, tables, plan_stages, layout, lattices, hyper, z_classes, gain, pitch, places,
-    ports, factors, octave, steps, contexts, stream, packed, chain, dense, painting, columns,
-    lapped, out,
+    ports, factors, octave, steps, contexts, stream, packed, chain, columns, brush, colours, out,
 ):  # fmt: skip
     """A cell from its stream to its pixels ``out`` (height, width * 3). Returns a status.
 
     hyper, chain: where their operations begin and end; chain also where its output lies, and its
-    stride. contexts: offsets and strides of context and magnitudes. dense: channels to multiply as
-    a matrix, unless many of the others are set. The rest as the functions take it that this calls.
+    stride, and its channels. contexts: offsets and strides of context and magnitudes. The rest as
+    the functions take it that this calls.
     """
     operations, segments, positions, weights, biases, scales = tables
     words, cursor, states, first, entries, offsets, radii, class_table, class_raw = stream
     mean_factor, context_factor, inverse_gain = factors
-    basis, panels, level, turn, line = painting
     z = np.empty(z_classes.shape, np.int32)
     flat = z.reshape(-1)
     status = decode_symbols(
@@ -350,25 +351,24 @@ def _decode_cell(
     )  # fmt: skip
     if status != 0:
         return status
-    few = min(dense, channels)
-    rest = y[few:].reshape(-1)
-    found = 0
-    for i in range(len(rest)):
-        found += rest[i] != 0
-    if found > SPARSE_SHARE * len(rest):
-        few = channels
     run_program(
         arena, chain[0], chain[1], operations, segments, positions, weights, biases, scales
     )  # fmt: skip
     correction = arena[chain[2] : chain[2] + len(places) * chain[3]].reshape(len(places), chain[3])
-    paint(
-        y, few, basis, panels, level, correction, gains, steps, columns, lapped, turn, line, out
-    )  # fmt: skip
+    matrix, mean, angles = colours
+    mixed = mixed_colours(matrix, mean, angles[0], angles[1], angles[2])
+    paint(y, correction, chain[4], gains, steps, columns, brush, mixed, out)
     return 0
 
 
 def decode_cell(
-    model: DecoderModel, stream: Decoder, gain: int, stages: int, shape: CellShape, out: Image
+    model: DecoderModel,
+    stream: Decoder,
+    gain: int,
+    turn: Turn,
+    stages: int,
+    shape: CellShape,
+    out: Image,
 ) -> None:
     """A cell from its stream into ``out``, in one compiled call, on machines that run networks so.
 
@@ -384,7 +384,6 @@ def decode_cell(
     layout, lattices = _layout(a, rows, columns)
     plan = model.fused.plan(rows, columns)
     slots, hyper, chain = plan.slots, plan.programs["hyper"], plan.programs["chain"]
-    panels, level, line = _painting(model)
     arena = plan.arena()
     # cells within a larger tile are not contiguous
     whole = out.flags.c_contiguous
@@ -396,8 +395,8 @@ def decode_cell(
         (slots["context"].offset, slots["context"].stride,
          slots["magnitude"].offset, slots["magnitude"].stride),
         stream.arguments(), np.uint64(PACKED),
-        (chain.begin, chain.end, *chain.places["correction"][:2]), dense_channels(a),
-        (model.basis, panels, level, model.lapping, line), columns, bool(a.lapped),
+        (chain.begin, chain.end, *chain.places["correction"]), columns,
+        brush_of(model).arguments(), (model.colours, model.mean, turn),
         target.reshape(len(target), -1),
     )  # fmt: skip
     plan.give_back(arena)
@@ -406,11 +405,6 @@ def decode_cell(
     check_status(status)
     if not whole:
         out[...] = target
-
-
-def dense_channels(a: Architecture) -> int:
-    """Leading channels that are rarely zero: those of stages with means."""
-    return a.channels_of(max(1, a.mean_stages))
 
 
 @functools.lru_cache(maxsize=16)
@@ -453,30 +447,47 @@ def quantise_stage(
     return search_levels(residuals, classes, lagrange, model.tables, lanes)
 
 
-@functools.lru_cache(maxsize=4)
-def _painting(model: DecoderModel) -> tuple[Array, Array, Array]:
-    """What ``paint`` reads of a model: panels of the basis, mean of blocks, weights of lapping."""
-    level = model.mean + np.float32(128)
-    return panels_of(model.basis), level, line_weights(model.lapping)
+@compiled
+def _saved(y, where, levels, inverse_gain, gains, steps, worth):
+    total = np.float64(0)
+    for c in range(levels.shape[0]):
+        row = np.float64(0)
+        for i in range(levels.shape[1]):
+            if levels[c, i] != 0:
+                p = where[i]
+                found = np.float64(levels[c, i]) * 0.5
+                value = y[c, p] / (inverse_gain[c] * steps[gains[p]])
+                row += found * (2 * value - found)
+        total += row * worth[c]
+    return total
+
+
+def errors_saved(
+    model: DecoderModel,
+    y: npt.NDArray[np.float32],
+    where: npt.NDArray[np.int32],
+    levels: Levels,
+    gains: Array,
+    channels: slice,
+    worth: npt.NDArray[np.float32],
+) -> float:
+    """Bits that the errors which a stage's levels take away are worth: latents ``y`` (channels,
+    positions) against zeros. worth: (channels,) of a squared error of one step."""
+    inverse_gain = model.inverse_gain[channels]
+    return float(_saved(y, where, levels, inverse_gain, gains, STEPS, worth))
 
 
 def synthesise(model: DecoderModel, cells: Sequence[CellLatents], outs: Sequence[Image]) -> None:
     """Pixels of cells of one shape into ``outs``, (height, width, 3) each."""
-    a = model.architecture
     corrections = cells[0].cells.corrections()
-    panels, level, weights = _painting(model)
+    brush, contexts = brush_of(model).arguments(), model.architecture.context_channels
     for cell, out in zip(cells, outs, strict=True):
-        # channels without means are mostly zero: few of them are added one by one
-        dense = min(len(cell.y), dense_channels(a))
-        if np.count_nonzero(cell.y[dense:]) > SPARSE_SHARE * cell.y[dense:].size:
-            dense = len(cell.y)
         # cells within a larger tile are not contiguous
         whole = out.flags.c_contiguous
         target = out if whole else np.empty((cell.shape.height, cell.shape.width, 3), np.uint8)
         paint(
-            cell.y, dense, model.basis, panels, level, corrections[cell.index], cell.gains,
-            STEPS, cell.shape.latents[1], bool(a.lapped), model.lapping, weights,
-            target.reshape(len(target), -1),
+            cell.y, corrections[cell.index], contexts, cell.gains, STEPS, cell.shape.latents[1],
+            brush, colours_of(model, cell.turn), target.reshape(len(target), -1),
         )  # fmt: skip
         if not whole:
             out[...] = target

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from wsicodec.codec.network import CodedTile, Search, TileEncoder
+from wsicodec.codec.network import CodedTile, Search, TileEncoder, usual_search
 from wsicodec.models.encoder import EncoderModel
 
 DEFAULT_EFFORT = 5
@@ -62,7 +62,7 @@ def _plain(tune: str, encoder: EncoderModel) -> Search:
     weighed as RGB.
     """
     if tune == "ssim":
-        return Search(encoder.step_strength, encoder.lagrange)
+        return usual_search(encoder)
     return Search(0.55 * encoder.step_strength, 0.8 * encoder.lagrange, rgb=1.0, analysis=0.75)
 
 

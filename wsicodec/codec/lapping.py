@@ -17,7 +17,6 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils
 
-from wsicodec.entropy.compiled import compiled
 from wsicodec.entropy.simd import (
     I64,
     LANES,
@@ -27,44 +26,13 @@ from wsicodec.entropy.simd import (
     intrinsic_of,
     load,
     offset,
-    shuffle,
     splat,
     store,
 )
 
-BLOCK = 16
-LINE = 3 * BLOCK  # samples of a row of a block
 HALF = 8
-WIDE = 3 * HALF
 
-_LINE_BYTES = 4 * LINE
 _VECTOR_BYTES = 4 * LANES
-
-
-def _lap_between(builder: Any, arguments: Any) -> None:
-    """Filter ``count`` samples around borders of blocks in one row of interleaved colours.
-
-    border: address of the first border's right-hand sample; borders are 48 samples apart.
-    weights: float32 (8, 24), ``line_weights``.
-    """
-    border, count, weights = arguments
-    wide = ir.VectorType(REAL, WIDE)
-    mirrored = [3 * (HALF - 1 - n // 3) + n % 3 for n in range(WIDE)]
-    half = ir.Constant(wide, [0.5] * WIDE)
-    with cgutils.for_range(builder, count) as loop:
-        right = builder.add(border, builder.mul(loop.index, I64(_LINE_BYTES)))
-        left = builder.sub(right, I64(4 * WIDE))
-        a = load(builder, left, wide)
-        b = shuffle(builder, load(builder, right, wide), mirrored)
-        odd = builder.fsub(a, b)
-        total = builder.fsub(ir.Constant(wide, [0.0] * WIDE), odd)
-        for k in range(HALF):
-            one = shuffle(builder, odd, [3 * k + n % 3 for n in range(WIDE)])
-            weight = load(builder, offset(builder, weights, 4 * WIDE * k), wide)
-            total = add_product(builder, total, one, weight)
-        change = builder.fmul(total, half)
-        store(builder, builder.fadd(a, change), left)
-        store(builder, shuffle(builder, builder.fsub(b, change), mirrored), right)
 
 
 def _lap_across(builder: Any, arguments: Any) -> None:
@@ -97,24 +65,15 @@ def _lap_across(builder: Any, arguments: Any) -> None:
             store(builder, builder.fsub(b[i], change), below_now[i])
 
 
-lap_between = intrinsic_of(3, _lap_between)
 lap_across = intrinsic_of(5, _lap_across)
 
 
-def line_weights(turn: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(8, 24): what each of a line's eight differences, farthest first, adds to the eight."""
-    matrix = turn[::-1, ::-1]
-    return np.ascontiguousarray(np.repeat(matrix.T, 3, axis=1), np.float32)
-
-
-@compiled
-def lap_image(image, turn, weights):
-    """Filter an image (rows * 16, columns * 48) float32 of interleaved colours across the borders
-    of its blocks, in place. weights: ``line_weights`` of ``turn``."""
-    height, width = image.shape
-    base, pitch = image.ctypes.data, 4 * width
-    for y in range(height):
-        lap_between(base + y * pitch + 4 * LINE, width // LINE - 1, weights.ctypes.data)
-    for y in range(BLOCK, height, BLOCK):
-        at = base + y * pitch
-        lap_across(at - pitch, at, pitch, width // LANES, turn.ctypes.data)
+def border_matrix(turn: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(16, 16): what turns a row of the samples around a border, left to right, into the filtered
+    ones, multiplied from the right. turn: (8, 8), from the border outwards."""
+    line = np.eye(2 * HALF)
+    left, right = line[:, HALF - 1 :: -1], line[:, HALF:]
+    odd = left - right
+    change = (odd @ turn.astype(np.float64).T - odd) / 2
+    after = np.concatenate([(left + change)[:, ::-1], right - change], axis=1)
+    return np.ascontiguousarray(after, np.float32)

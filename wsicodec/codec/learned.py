@@ -5,7 +5,7 @@ Only tiles of mode ``learned`` load the compiled kernels and networks; the rest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -179,11 +179,10 @@ def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
     return best.tile.pack()
 
 
-def decode_alike(streams: list[bytes], outs: list[Image] | None) -> list[Image]:
+def decode_alike(tiles: Sequence[Tile], outs: list[Image] | None) -> list[Image]:
     """Pixels of learned tiles of one model, size and number of stages, decoded together."""
     from wsicodec.codec.network import decode_tiles
 
-    tiles = [bitstream.parse(s) for s in streams]
     first = tiles[0]
     assert first.learned is not None
     if outs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import LearnedHeader, Mode, Tile
 from wsicodec.codec.adaptive import adaptive_steps
-from wsicodec.codec.analysis import analyse, blocks_of, transform
+from wsicodec.codec.analysis import analyse, bands_of
 from wsicodec.codec.cell import (
     STEPS,
     CellJob,
@@ -21,21 +22,29 @@ from wsicodec.codec.cell import (
     cells_of,
     code_cells,
     decode_cell,
+    errors_saved,
     quantise_stage,
     read_cells,
     synthesise,
 )
+from wsicodec.codec.colours import PLAIN, Turn, rotation
+from wsicodec.codec.cosine import BANDS
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.kernel import Decoder, Encoder
-from wsicodec.errors import UnknownModelError
+from wsicodec.errors import TruncatedError, UnknownModelError
 from wsicodec.models.decoder import Z_PEAK, DecoderModel
 from wsicodec.models.encoder import EncoderModel
 from wsicodec.models.lattice import lattice_positions
 
 LANES_LOG2 = 2
-STAGE_WORTH = 2.2
-"""Bits that a stage's errors must be worth to the search, for each that it takes: a finer gain for
-all stages has the better exchange, for SSIM above all."""
+TURN_BYTES = 3
+LEADING = 64
+"""Channels that set the level of errors in RGB."""
+
+STAGE_WORTH = 1.3
+"""Bits that a stage's errors must be worth to the search, for each that it takes. A finer gain for
+all stages often has the better exchange, up to 2 for SSIM; more than this makes quality jump where
+the stage comes in."""
 
 Coded = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 """Values (hyper-latents, levels of stages) and their classes, of one stage of one cell."""
@@ -68,6 +77,11 @@ class Search:
         return (np.float32(self.lagrange) * rgb_energy ** np.float32(self.rgb)).astype(np.float32)
 
 
+def usual_search(encoder: EncoderModel) -> Search:
+    """The search that a model's encoder was made for."""
+    return Search(encoder.step_strength, encoder.lagrange, encoder.rgb)
+
+
 def decode_tile(tile: Tile, model: DecoderModel) -> Image:
     """Pixels of a learned tile."""
     out = np.empty((tile.height, tile.width, 3), np.uint8)
@@ -81,7 +95,8 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
     onnxruntime runs networks once for all tiles; compiled programs go tile by tile, since what they
     work on then stays in the caches. Raises as soon as one tile is at fault.
     """
-    streams, headers = [], []
+    streams, headers, turns = [], [], []
+    places = cells_of(tiles[0].height, tiles[0].width)
     for tile in tiles:
         assert tile.learned is not None
         header = tile.learned
@@ -90,17 +105,30 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
                 f"tile was coded with model {header.model.hex()}, not {model.name}"
             )
         headers.append(header)
-        streams.append(Decoder(tile.payload, model.tables, 1 << header.lanes_log2))
-    for top, left, shape in cells_of(tiles[0].height, tiles[0].width):
+        turns.append(_read_turns(tile.payload, len(places)))
+        coded = tile.payload[TURN_BYTES * len(places) :]
+        streams.append(Decoder(coded, model.tables, 1 << header.lanes_log2))
+    for n, (top, left, shape) in enumerate(places):
         views = [o[top : top + shape.height, left : left + shape.width] for o in outs]
         if model.fused is None:
-            cells = read_cells(model, streams, [h.gain for h in headers], headers[0].stages, shape)
+            cells = read_cells(
+                model, streams, [h.gain for h in headers], [t[n] for t in turns],
+                headers[0].stages, shape,
+            )  # fmt: skip
             synthesise(model, cells, views)
             continue
-        for stream, header, view in zip(streams, headers, views, strict=True):
-            decode_cell(model, stream, header.gain, header.stages, shape, view)
+        for stream, header, turn, view in zip(streams, headers, turns, views, strict=True):
+            decode_cell(model, stream, header.gain, turn[n], header.stages, shape, view)
     for stream in streams:
         stream.finish()
+
+
+def _read_turns(payload: bytes, cells: int) -> list[Turn]:
+    """The turns of a tile's cells, from the beginning of its payload."""
+    if len(payload) < TURN_BYTES * cells:
+        raise TruncatedError("learned tile ends among the turns of its colours")
+    values = struct.unpack(f"<{TURN_BYTES * cells}b", payload[: TURN_BYTES * cells])
+    return [(a, b, c) for a, b, c in zip(*[iter(values)] * TURN_BYTES, strict=True)]
 
 
 def encode_tile(
@@ -178,7 +206,7 @@ class TileEncoder:
         """The tile at a gain index; ``search`` None takes the encoder's own."""
         model, encoder = self.model, self.encoder
         if search is None:
-            search = Search(encoder.step_strength, encoder.lagrange)
+            search = usual_search(encoder)
         limit = max(1, int((encoder.stage_gain <= gain).sum()))
         cells = [cell.encode(gain, limit, search) for cell in self._cells]
         a = model.architecture
@@ -188,10 +216,10 @@ class TileEncoder:
             cell.symbols[stages][0].any() for cell in cells
         ):
             stages -= 1
-        payload = self._payload(cells, stages)
+        payload = self._stream(cells, stages)
         # one that no other stage sees has to be worth its bits
         while stages > 1 and all(stages - 1 in cell.saved for cell in cells):
-            shorter = self._payload(cells, stages - 1)
+            shorter = self._stream(cells, stages - 1)
             bits = 8 * (len(payload) - len(shorter))
             if sum(cell.saved[stages - 1] for cell in cells) >= STAGE_WORTH * bits:
                 break
@@ -199,10 +227,11 @@ class TileEncoder:
         cells = [cell.cut(stages, a.channels_of(stages)) for cell in cells]
         header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
         height, width = self.image.shape[:2]
-        tile = Tile(Mode.LEARNED, height, width, payload, header)
+        turns = b"".join(struct.pack("<3b", *cell.latents.turn) for cell in cells)
+        tile = Tile(Mode.LEARNED, height, width, turns + payload, header)
         return CodedTile(tile, gain, search, cells, model)
 
-    def _payload(self, cells: Sequence[CodedCell], stages: int) -> bytes:
+    def _stream(self, cells: Sequence[CodedCell], stages: int) -> bytes:
         stream = Encoder(self.model.tables, 1 << LANES_LOG2)
         for cell in cells:
             for k, (values, classes) in enumerate(cell.symbols[: stages + 1]):
@@ -217,19 +246,20 @@ class CellEncoder:
         self, pixels: Image, shape: CellShape, model: DecoderModel, encoder: EncoderModel
     ) -> None:
         self.pixels, self.shape, self.model, self.encoder = pixels, shape, model, encoder
-        self.blocks = blocks_of(pixels, shape, model)
+        self.bands = bands_of(pixels, shape, model)
+        # one turn for all gains: another one means other classes, and with them a step in quality
+        self.turn = self.bands.turn() if encoder.turned else PLAIN
+        self.linear = self.bands.latents(model, self.turn)
 
     def encode(self, gain: int, stages: int, search: Search) -> CodedCell:
         """The cell's symbols at a gain index, ``stages`` stages of them."""
-        model, a = self.model, self.model.architecture
-        channels = max(a.channels_of(stages), a.context_channels)
-        y = analyse(
-            self.blocks, self.shape, model, self.encoder, gain, channels, share=search.analysis
-        )
+        a = self.model.architecture
+        y = analyse(self.linear, self.shape, self.encoder, gain, search.analysis)
         z = self._hyper(y, gain, search)
         cell = self._code(y, z, gain, stages, search)
         for _ in range(1, search.passes):
-            target = y - np.float32(search.aim) * self._corrected(cell.latents, channels)
+            target = y.copy()
+            target[: a.context_channels] -= np.float32(search.aim) * self._correction(cell.latents)
             cell = self._code(target, z, gain, stages, search)
         return cell
 
@@ -252,11 +282,19 @@ class CellEncoder:
             z[1:] = np.clip(np.rint(others), -Z_PEAK, Z_PEAK)
         return z
 
-    def _corrected(self, cell: CellLatents, channels: int) -> npt.NDArray[np.float32]:
-        """The chain's correction of a coded cell as latents (channels, positions)."""
+    def _correction(self, cell: CellLatents) -> npt.NDArray[np.float32]:
+        """What the chain adds to the leading latents of a coded cell, (channels, positions)."""
         correction = cell.cells.corrections()[cell.index]
         change = (correction.astype(np.float32) - 128) * (STEPS / np.float32(64))[cell.gains, None]
-        return transform(change.T, self.shape, self.model, self.encoder, channels)
+        return np.asarray(change.T)
+
+    def _rgb_energy(self) -> npt.NDArray[np.float32]:
+        """(channels,): squared RGB error of a step's error in each channel, 1 in the middle of the
+        leading ones."""
+        matrix = self.model.colours.astype(np.float64) @ rotation(self.turn).T
+        planes = (matrix**2).sum(0)[self.model.order // BANDS]
+        energy = planes * self.model.inverse_gain**2
+        return np.asarray(energy / np.exp(np.log(energy[:LEADING]).mean()), np.float32)
 
     def _code(
         self,
@@ -268,7 +306,7 @@ class CellEncoder:
     ) -> CodedCell:
         """The symbols of given latents and hyper-latents."""
         model, a = self.model, self.model.architecture
-        worth = search.worth(self.encoder.rgb_energy(model))
+        worth = search.worth(self._rgb_energy())
         symbols: list[Coded] = []
         saved: dict[int, float] = {}
 
@@ -288,13 +326,12 @@ class CellEncoder:
             symbols.append((levels, classes))
             unseen = k >= a.mean_stages and a.stages[k].first >= a.context_channels
             if unseen and np.isfinite(search.lagrange):
-                c, i = np.nonzero(levels)
-                scale = self.model.inverse_gain[channels][c] * STEPS[gains[where[i]]]
-                value, found = y[channels][c, where[i]] / scale, levels[c, i] / 2
-                saved[k] = float((worth[channels][c] * found * (2 * value - found)).sum())
+                saved[k] = errors_saved(
+                    model, y[channels], where, levels, gains, channels, worth[channels]
+                )
             return levels
 
-        job = CellJob(gain, hyper_source, stage_source)
+        job = CellJob(gain, self.turn, hyper_source, stage_source)
         return CodedCell(symbols, code_cells(model, [job], stages, self.shape)[0], saved)
 
 

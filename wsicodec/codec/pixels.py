@@ -1,20 +1,23 @@
-"""From latents to pixels: inverse transform, correction, lapping and rounding, in one pass.
+"""From latents to pixels: corrections, inverse cosine transform, lapping, colours, rounding.
 
 Row of blocks by row of blocks, so that everything between latents and bytes stays in the nearest
-caches. The first ``dense`` channels are multiplied as matrices; the others, mostly zero, are added
-one by one. docs/format.md, "Pixels", gives the arithmetic.
+caches. docs/format.md, "Pixels", gives the arithmetic.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils
 
-from wsicodec.codec.lapping import HALF, LINE, lap_across, lap_between
+from wsicodec.codec.colours import Turn, turn_matrix
+from wsicodec.codec.cosine import BANDS, BLOCK, PLANES, cosines, matrix_by_rows, rows_by_matrix
+from wsicodec.codec.lapping import HALF, border_matrix, lap_across
 from wsicodec.entropy.compiled import compiled
 from wsicodec.entropy.simd import (
     I8,
@@ -24,198 +27,203 @@ from wsicodec.entropy.simd import (
     REAL,
     REALS,
     add_product,
-    cpu_flags,
     intrinsic_of,
     load,
     offset,
+    shuffle,
     splat,
     store,
 )
 
-BLOCK = 16
-VECTORS = LINE // LANES
-GROUP = 8 if "avx512f" in cpu_flags() else 2
-"""Blocks whose rows are computed at once: their sums have to fit the registers."""
+if TYPE_CHECKING:
+    from wsicodec.models.decoder import DecoderModel
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 
-_LINE_BYTES = 4 * LINE
 _VECTOR_BYTES = 4 * LANES
-
-
-def _block_rows(builder: Any, arguments: Any) -> None:
-    """One row of ``GROUP`` blocks side by side: bias + y . panel + (correction - 128) * scale.
-
-    y: float32 (channels, ``pitch`` bytes apart), one value a block. panel: float32 (channels, 48).
-    corrections: int64 addresses of 48 bytes, one a block. scales: float32, one a block. out: 48
-    float32 a block.
-    """
-    y, channels, pitch, panel, bias, corrections, scales, out = arguments
-    cells = [[cgutils.alloca_once(builder, REALS) for _ in range(VECTORS)] for _ in range(GROUP)]
-    for v in range(VECTORS):
-        start = load(builder, offset(builder, bias, _VECTOR_BYTES * v), REALS)
-        for m in range(GROUP):
-            builder.store(start, cells[m][v])
-    with cgutils.for_range(builder, channels) as loop:
-        row = builder.add(panel, builder.mul(loop.index, I64(_LINE_BYTES)))
-        values = builder.add(y, builder.mul(loop.index, pitch))
-        b = [load(builder, offset(builder, row, _VECTOR_BYTES * v), REALS) for v in range(VECTORS)]
-        for m in range(GROUP):
-            a = splat(builder, load(builder, offset(builder, values, 4 * m), REAL), REALS)
-            for v in range(VECTORS):
-                total = add_product(builder, builder.load(cells[m][v]), a, b[v])
-                builder.store(total, cells[m][v])
-    narrow = ir.VectorType(I8, LANES)
-    middle = splat(builder, ir.Constant(REAL, 128.0), REALS)
-    for m in range(GROUP):
-        scale = splat(builder, load(builder, offset(builder, scales, 4 * m), REAL), REALS)
-        levels = load(builder, offset(builder, corrections, 8 * m), I64)
-        for v in range(VECTORS):
-            level = load(builder, offset(builder, levels, LANES * v), narrow)
-            change = builder.uitofp(builder.zext(level, INTEGERS), REALS)
-            change = builder.fsub(change, middle)
-            total = add_product(builder, builder.load(cells[m][v]), change, scale)
-            store(builder, total, offset(builder, out, _LINE_BYTES * m + _VECTOR_BYTES * v))
-
-
-def _sparse_rows(builder: Any, arguments: Any) -> None:
-    """Add basis rows times values to a block in place.
-
-    out: 16 rows of 48 float32, ``pitch`` bytes apart. rows: int64 addresses of ``count`` basis rows
-    (768 float32). values: float32.
-    """
-    out, pitch, count, rows, values = arguments
-    with cgutils.for_range(builder, I64(BLOCK)) as line:
-        target = builder.add(out, builder.mul(line.index, pitch))
-        shift = builder.mul(line.index, I64(_LINE_BYTES))
-        cells = [
-            cgutils.alloca_once_value(
-                builder, load(builder, offset(builder, target, _VECTOR_BYTES * v), REALS)
-            )
-            for v in range(VECTORS)
-        ]
-        with cgutils.for_range(builder, count) as loop:
-            at = builder.add(rows, builder.mul(loop.index, I64(8)))
-            row = builder.add(load(builder, at, I64), shift)
-            at = builder.add(values, builder.mul(loop.index, I64(4)))
-            value = splat(builder, load(builder, at, REAL), REALS)
-            for v in range(VECTORS):
-                b = load(builder, offset(builder, row, _VECTOR_BYTES * v), REALS)
-                total = add_product(builder, builder.load(cells[v]), value, b)
-                builder.store(total, cells[v])
-        for v in range(VECTORS):
-            store(builder, builder.load(cells[v]), offset(builder, target, _VECTOR_BYTES * v))
+_BAND_ROWS = BLOCK + HALF
 
 
 def _to_bytes(builder: Any, arguments: Any) -> None:
-    """``vectors`` times 16 float32 at ``source``, rounded and clipped to uint8 at ``out``."""
-    source, vectors, out = arguments
+    """``vectors`` times 16 pixels of three planes to RGB uint8 at ``out``.
+
+    planes: address of the first, the others ``apart`` bytes on. colours: float32 (3, 4), what the
+    planes give each of red, green and blue, and what is added.
+    """
+    planes, apart, colours, vectors, out = arguments
     rint = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(REALS, [REALS]), "llvm.rint.v16f32"
     )
     low, high = (splat(builder, ir.Constant(REAL, x), REALS) for x in (0.0, 255.0))
+    weights = [
+        [
+            splat(builder, load(builder, offset(builder, colours, 4 * (4 * c + k)), REAL), REALS)
+            for k in range(4)
+        ]
+        for c in range(3)
+    ]
+    bytes_kind = ir.VectorType(I8, LANES)
     with cgutils.for_range(builder, vectors) as loop:
-        x = load(builder, builder.add(source, builder.mul(loop.index, I64(_VECTOR_BYTES))), REALS)
-        # in this order numbers that are none become 0
-        x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-        x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
-        whole = builder.fptosi(builder.call(rint, [x]), INTEGERS)
-        narrow = builder.trunc(whole, ir.VectorType(I8, LANES))
-        store(builder, narrow, builder.add(out, builder.mul(loop.index, I64(LANES))))
+        at = builder.add(planes, builder.mul(loop.index, I64(_VECTOR_BYTES)))
+        samples = []
+        for _ in range(PLANES):
+            samples.append(load(builder, at, REALS))
+            at = builder.add(at, apart)
+        narrow = []
+        for row in weights:
+            x = row[3]
+            for sample, weight in zip(samples, row, strict=False):
+                x = add_product(builder, x, sample, weight)
+            # in this order numbers that are none become 0
+            x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
+            x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
+            whole = builder.fptosi(builder.call(rint, [x]), INTEGERS)
+            narrow.append(builder.trunc(whole, bytes_kind))
+        pair = [*range(LANES), *range(LANES, 2 * LANES)]
+        kind = ir.VectorType(ir.IntType(32), len(pair))
+        first = builder.shuffle_vector(narrow[0], narrow[1], ir.Constant(kind, pair))
+        second = shuffle(builder, narrow[2], [*range(LANES), *[0] * LANES])
+        mixed = [2 * LANES + n // 3 if n % 3 == 2 else n // 3 + LANES * (n % 3) for n in range(48)]
+        kind = ir.VectorType(ir.IntType(32), len(mixed))
+        rgb = builder.shuffle_vector(first, second, ir.Constant(kind, mixed))
+        store(builder, rgb, builder.add(out, builder.mul(loop.index, I64(3 * LANES))))
 
 
-block_rows = intrinsic_of(8, _block_rows)
-sparse_rows = intrinsic_of(5, _sparse_rows)
-to_bytes = intrinsic_of(3, _to_bytes)
+to_bytes = intrinsic_of(5, _to_bytes)
 
 
-def panels_of(basis: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(16, channels, 48): a basis (channels, 768) by rows of blocks."""
-    rows = basis.reshape(len(basis), BLOCK, LINE).transpose(1, 0, 2)
-    return np.ascontiguousarray(rows, np.float32)
+@dataclass(frozen=True, eq=False)
+class Brush:
+    """What ``paint`` reads of a model.
+
+    order: (channels,) int64, where a latent lies among the 768 of a block. frequencies: (16, 16),
+    a cosine a row; samples: transposed. border: ``border_matrix`` of the lapping, turn: the
+    lapping itself; lapped: whether it does anything.
+    """
+
+    order: npt.NDArray[np.int64]
+    frequencies: Floats
+    samples: Floats
+    border: Floats
+    turn: Floats
+    lapped: bool
+
+    def arguments(self) -> tuple[Any, ...]:
+        """For compiled code."""
+        return (
+            self.order, self.frequencies, self.samples, self.border, self.turn, self.lapped
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4)
+def brush_of(model: DecoderModel) -> Brush:
+    """What ``paint`` reads of a model."""
+    frequencies = cosines()
+    return Brush(
+        model.order.astype(np.int64),
+        frequencies,
+        np.ascontiguousarray(frequencies.T),
+        border_matrix(model.lapping),
+        model.lapping,
+        bool((model.lapping != np.eye(HALF)).any()),
+    )
 
 
 @compiled
-def paint(
-    y, dense, basis, panels, mean, correction, gains, steps, columns, lapped, turn, weights, out
-):
+def mixed_colours(matrix, mean, a, b, c):
+    """``colours_of`` in compiled code, from the model's matrix and mean and three angles."""
+    turn = turn_matrix(a, b, c)
+    colours = np.empty((3, 4), np.float32)
+    for i in range(3):
+        for k in range(3):
+            total = np.float64(0)
+            for j in range(3):
+                total += np.float64(matrix[i, j]) * turn[k, j]
+            colours[i, k] = np.float32(total)
+        colours[i, 3] = np.float32(np.float64(mean[i]) + 128)
+    return colours
+
+
+def colours_of(model: DecoderModel, turn: Turn) -> Floats:
+    """(3, 4): what a cell's planes give each of red, green and blue, and what is added to them."""
+    return np.asarray(mixed_colours(model.colours, model.mean, *turn))
+
+
+@compiled
+def paint(y, correction, contexts, gains, steps, columns, brush, colours, out):
     """Pixels of a cell.
 
-    y: (channels, positions) float32 latents. dense: leading channels to multiply as a matrix.
-    basis: (channels, 768) float32; panels: ``panels_of`` it. mean: (768,), 128 added. correction:
-    (positions, 768) uint8, rows contiguous, 128 is zero. gains: (positions,) uint8. steps: (256,).
-    turn: (8, 8), weights: ``line_weights`` of it. out: (height, width * 3) uint8, to which blocks
-    are cropped.
+    y: (channels, positions) float32 latents. correction: (positions, ``contexts``) uint8, rows
+    contiguous, 128 is zero. gains: (positions,) uint8. steps: (256,). columns: of positions.
+    brush: ``Brush.arguments``. colours: ``colours_of``. out: (height, width * 3) uint8, to which
+    blocks are cropped.
     """
-    height, width = out.shape
+    order, frequencies, samples, border, turn, lapped = brush
+    height, width = out.shape[0], out.shape[1] // 3
     channels = y.shape[0]
     rows = (height + BLOCK - 1) // BLOCK
-    padded = (columns + GROUP - 1) // GROUP * GROUP
     # the lower half of the blocks above and the blocks at hand: what one border needs
-    band = np.empty((24, padded * LINE), np.float32)
-    pitch = band.shape[1] * 4
-    values = np.zeros((max(dense, 1), padded), np.float32)
-    scales = np.zeros(GROUP, np.float32)
-    levels = np.empty(GROUP, np.int64)
-    row_at = np.empty(max(channels - dense, 1), np.int64)
-    row_value = np.empty(max(channels - dense, 1), np.float32)
-    line = np.empty(padded * LINE, np.uint8)
+    line = BLOCK * columns
+    band = np.empty((3 * _BAND_ROWS, line), np.float32)
+    plane_size = _BAND_ROWS * line * 4
+    pitch = line * 4
+    blocks = np.zeros((columns + 1, 3 * BANDS), np.float32)  # the last is for what is half done
+    scales = np.empty(columns, np.float32)
+    last = np.empty(3 * line, np.uint8)
     # addresses once: views of arrays that threads share count their users, which takes turns
-    corrections, stride = correction.ctypes.data, correction.strides[0]
-    basis_at, panels_at, mean_at = basis.ctypes.data, panels.ctypes.data, mean.ctypes.data
-    panel_size = panels.strides[0]
-    values_at, levels_at, scales_at = values.ctypes.data, levels.ctypes.data, scales.ctypes.data
-    rows_at, row_values_at = row_at.ctypes.data, row_value.ctypes.data
-    turn_at, weights_at = turn.ctypes.data, weights.ctypes.data
-    band_at, line_at, out_at = band.ctypes.data, line.ctypes.data, out.ctypes.data
-    top_row = band_at + HALF * pitch
+    band_at, blocks_at, last_at = band.ctypes.data, blocks.ctypes.data, last.ctypes.data
+    half_at = blocks_at + 4 * 3 * BANDS * columns
+    frequencies_at, samples_at = frequencies.ctypes.data, samples.ctypes.data
+    border_at, turn_at, colours_at = border.ctypes.data, turn.ctypes.data, colours.ctypes.data
+    out_at = out.ctypes.data
+    whole = width % LANES == 0
+    vectors = (width + LANES - 1) // LANES
+    corrected = max(channels, contexts)
     for i in range(rows):
         first = i * columns
-        for c in range(dense):
+        for j in range(columns):
+            scales[j] = steps[gains[first + j]] * np.float32(1 / 64)
+        for c in range(corrected):
+            at = order[c]
+            if c >= contexts:
+                for j in range(columns):
+                    blocks[j, at] = y[c, first + j]
+            elif c >= channels:
+                for j in range(columns):
+                    change = np.float32(correction[first + j, c]) - np.float32(128)
+                    blocks[j, at] = change * scales[j]
+            else:
+                for j in range(columns):
+                    change = np.float32(correction[first + j, c]) - np.float32(128)
+                    blocks[j, at] = y[c, first + j] + change * scales[j]
+        for p in range(PLANES):
+            top = band_at + p * plane_size + HALF * pitch
             for j in range(columns):
-                values[c, j] = y[c, first + j]
-        for j in range(0, padded, GROUP):
-            for m in range(GROUP):
-                p = first + min(j + m, columns - 1)
-                scales[m] = steps[gains[p]] * np.float32(1 / 64)
-                levels[m] = corrections + p * stride
-            for a in range(BLOCK):
-                block_rows(
-                    values_at + 4 * j, dense, 4 * padded, panels_at + a * panel_size,
-                    mean_at + 4 * LINE * a, levels_at, scales_at,
-                    top_row + a * pitch + 4 * LINE * j,
-                )  # fmt: skip
-                for m in range(GROUP):
-                    levels[m] += LINE
-        if channels > dense:
-            for j in range(columns):
-                n = 0
-                for c in range(dense, channels):
-                    v = y[c, first + j]
-                    row_at[n] = basis_at + c * 4 * BLOCK * LINE
-                    row_value[n] = v
-                    n += v != 0
-                if n:
-                    sparse_rows(top_row + 4 * LINE * j, pitch, n, rows_at, row_values_at)
-        begin, end = 8, 24
+                block = blocks_at + 4 * BANDS * (PLANES * j + p)
+                rows_by_matrix(block, 4 * BLOCK, BLOCK, frequencies_at, half_at, 4 * BLOCK)
+                matrix_by_rows(half_at, 4 * BLOCK, samples_at, top + 4 * BLOCK * j, pitch)
+            if lapped:
+                for j in range(1, columns):
+                    edge = top + 4 * BLOCK * j - 4 * HALF
+                    rows_by_matrix(edge, pitch, BLOCK, border_at, edge, pitch)
+                if i:
+                    lap_across(top - pitch, top, pitch, columns, turn_at)
+        begin, end = HALF, _BAND_ROWS
         if lapped:
-            for a in range(BLOCK):
-                lap_between(top_row + a * pitch + 4 * LINE, columns - 1, weights_at)
-            if i:
-                above = top_row - pitch
-                lap_across(above, top_row, pitch, columns * VECTORS, turn_at)
-                begin = 0
-            if i < rows - 1:
-                end = 16
+            begin = 0 if i else HALF
+            end = _BAND_ROWS if i == rows - 1 else BLOCK
         for a in range(begin, end):
-            row = 16 * i - 8 + a
+            row = BLOCK * i - HALF + a
             if row >= height:
                 break
             source = band_at + a * pitch
-            if width % LANES:
-                to_bytes(source, (width + LANES - 1) // LANES, line_at)
-                out[row, :] = line[:width]
+            if whole:
+                to_bytes(source, plane_size, colours_at, vectors, out_at + row * 3 * width)
             else:
-                to_bytes(source, width // LANES, out_at + row * width)
+                to_bytes(source, plane_size, colours_at, vectors, last_at)
+                out[row, :] = last[: 3 * width]
         if lapped:
-            band[:8] = band[16:]
+            for p in range(PLANES):
+                for a in range(HALF):
+                    band[p * _BAND_ROWS + a] = band[p * _BAND_ROWS + BLOCK + a]

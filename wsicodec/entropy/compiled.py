@@ -22,6 +22,8 @@ _SOURCES = (
     "codec/adaptive.py",
     "codec/analysis.py",
     "codec/cell.py",
+    "codec/colours.py",
+    "codec/cosine.py",
     "codec/fidelity.py",
     "codec/lapping.py",
     "codec/pixels.py",

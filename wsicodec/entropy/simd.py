@@ -3,6 +3,10 @@
 numba compiles scalar loops and leaves vectors to LLVM, which gives up where it cannot tell arrays
 apart. The few loops that decide the speed are written in LLVM's intermediate language instead, in
 vectors of sixteen 32-bit lanes; LLVM splits those on machines with shorter ones.
+
+Addresses do not keep arrays alive: numba frees a local array after its last use by name. An array
+whose address is taken has to be used, as an array, after the last use of the address, or to be an
+argument.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ MEAN_PEAK = 1023
 STEP_PEAK = 48
 GAINS = 256
 LAPPING_TOLERANCE = 1e-4
+GAIN_PEAK = 2.0**16
+MIN_DETERMINANT = 1e-3
+COLOUR_PEAK = 2.0**4
+LEVEL_PEAK = 2.0**10
 MAX_MEAN_FACTOR = 2**21
 MAX_CONTEXT_FACTOR = 2**21
 
@@ -64,13 +68,10 @@ class Architecture:
     context_channels: int
     z_channels: int
     hyper: int
-    lapped: int = 0
 
     def __post_init__(self) -> None:
         if self.block != 16:
             raise ModelError(f"block of {self.block} pixels; this version decodes blocks of 16")
-        if self.lapped not in (0, 1):
-            raise ModelError("lapped must be 0 or 1")
         if not 1 <= len(self.stages) <= MAX_STAGES:
             raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
         if not 0 <= self.mean_stages <= len(self.stages):
@@ -117,11 +118,10 @@ class Architecture:
     def from_header(cls, header: dict[str, Any]) -> Architecture:
         values = header.get("architecture")
         names = ("block", "mean_stages", "context_channels", "z_channels", "hyper")
-        if not isinstance(values, dict) or set(values) - {"lapped"} != {*names, "stages"}:
+        if not isinstance(values, dict) or set(values) != {*names, "stages"}:
             raise ModelError("model header has no proper architecture")
-        values = {"lapped": 0, **values}
         stages = values["stages"]
-        if not all(_is_int(values[n]) for n in (*names, "lapped")) or not isinstance(stages, list):
+        if not all(_is_int(values[n]) for n in names) or not isinstance(stages, list):
             raise ModelError("model architecture is not made of integers")
         if len(stages) > MAX_STAGES:
             raise ModelError(f"a model has 1 ... {MAX_STAGES} stages")
@@ -132,7 +132,7 @@ class Architecture:
             if stage[2] >= len(PHASES):
                 raise ModelError(f"lattice {stage[2]} is not defined")
             parsed.append(Stage(*stage))
-        return cls(stages=tuple(parsed), **{n: values[n] for n in (*names, "lapped")})
+        return cls(stages=tuple(parsed), **{n: values[n] for n in names})
 
 
 def _is_int(value: object) -> bool:
@@ -151,7 +151,7 @@ class DecoderModel:
             raise ModelError("model has no name")
         self.name, self.digest, self.header = name, file.digest, file.header
         a = self.architecture = Architecture.from_header(file.header)
-        contexts, pixels = a.context_channels, 3 * a.block**2
+        contexts, samples = a.context_channels, 3 * a.block**2
         self.tables = SymbolTables(
             file.tensor("table_radii", "int32", (None,)),
             file.tensor("table_cdf", "uint16", (None, None)),
@@ -161,11 +161,10 @@ class DecoderModel:
         self.mean_factor = file.tensor("mean_factor", "int32", (with_means,)).astype(np.int64)
         self.context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
         self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
-        self.basis = file.tensor("basis", "float16", (a.channels, pixels)).astype(np.float32)
-        self.mean = file.tensor("mean", "float32", (pixels,))
-        self.lapping = (
-            file.tensor("lapping", "float32", (8, 8)) if a.lapped else np.eye(8, dtype=np.float32)
-        )
+        self.order = file.tensor("order", "uint16", (a.channels,))
+        self.colours = file.tensor("colours", "float32", (3, 3))
+        self.mean = file.tensor("mean", "float32", (3,))
+        self.lapping = file.tensor("lapping", "float32", (8, 8))
         if self.z_classes.min() < 1 or self.z_classes.max() > 127:
             raise ModelError("a class of hyper-latents is not within 1 ... 127")
         for factor, top in (
@@ -174,11 +173,20 @@ class DecoderModel:
         ):
             if factor.size and (factor.min() < 1 or factor.max() >= top):
                 raise ModelError("an integer factor is out of range")
-        for floats in (self.inverse_gain, self.basis, self.mean, self.lapping):
-            if not np.isfinite(floats).all():
-                raise ModelError("a model tensor is not finite")
-        turn = self.lapping.astype(np.float64)
-        if not np.abs(turn @ turn.T - np.eye(8)).max() <= LAPPING_TOLERANCE:
+        if len(np.unique(self.order)) < a.channels or self.order.max() >= samples:
+            raise ModelError("the order of latents is not one of frequencies")
+        for floats, peak in (
+            (self.inverse_gain, GAIN_PEAK), (self.colours, COLOUR_PEAK), (self.mean, LEVEL_PEAK)
+        ):  # fmt: skip
+            if not (np.abs(floats) <= peak).all():  # false for what is no number
+                raise ModelError("a model tensor is not finite or out of range")
+        if not abs(np.linalg.det(self.colours.astype(np.float64))) >= MIN_DETERMINANT:
+            raise ModelError("the colours of the planes depend on one another")
+        lapping = self.lapping.astype(np.float64)
+        if not (
+            np.isfinite(lapping).all()
+            and np.abs(lapping @ lapping.T - np.eye(8)).max() <= LAPPING_TOLERANCE
+        ):
             raise ModelError("the lapping matrix is not orthogonal")
         self._graphs = file.graphs
         self._prove(file)
@@ -246,8 +254,8 @@ class DecoderModel:
             if k < a.mean_stages:
                 outputs["mean"] = Range.of(stage.count, -MEAN_PEAK, MEAN_PEAK, kind=INT16)
             prove_integer(file.graph(f"stage{k}"), inputs, outputs, f"{self.name}/stage{k}")
-        pixels = 3 * a.block**2
-        prove_quantised(file.graph("chain"), a.context_channels + 1, pixels, f"{self.name}/chain")
+        contexts = a.context_channels
+        prove_quantised(file.graph("chain"), contexts + 1, contexts, f"{self.name}/chain")
 
     def graph_bytes(self, name: str) -> bytes:
         """An ONNX graph of the model, for export and inspection."""

@@ -57,7 +57,7 @@ class Cells(Protocol):
         ...
 
     def corrections(self) -> Sequence[Bytes]:
-        """(positions, samples) of each cell: what the chain gives, 128 for zero."""
+        """(positions, channels) of each cell: what the chain gives, 128 for zero."""
         ...
 
 
@@ -200,11 +200,11 @@ class FusedCells:
 
     def corrections(self) -> Sequence[Bytes]:
         program = self.plan.programs["chain"]
-        at, stride, samples = program.places["correction"]
+        at, stride, channels = program.places["correction"]
         for arena in self.arenas:
             run_program(arena, program.begin, program.end, *self.plan.tables)
         count = len(self.arenas)
-        return [self._view(n, at, stride, program.count, samples) for n in range(count)]
+        return [self._view(n, at, stride, program.count, channels) for n in range(count)]
 
 
 def fused_model(
