@@ -42,6 +42,19 @@ def cosines() -> npt.NDArray[np.float32]:
     return np.asarray(matrix, np.float32)
 
 
+def _weighted_sum(builder: Any, weights: Any, rows: list[Any]) -> Any:
+    """The sum of 16 vectors, each times one of the float32 at the address ``weights``."""
+    # two sums, so that one product need not wait for the one before
+    totals = []
+    for k in range(BLOCK):
+        value = splat(builder, load(builder, offset(builder, weights, 4 * k), REAL), REALS)
+        if k < 2:
+            totals.append(builder.fmul(value, rows[k]))
+        else:
+            totals[k % 2] = add_product(builder, totals[k % 2], value, rows[k])
+    return builder.fadd(*totals)
+
+
 def _rows_by_matrix(builder: Any, arguments: Any) -> None:
     """``count`` rows of 16 float32 times a matrix (16, 16) from the right; ``out`` may be
     ``source``. Rows are so many bytes apart as the pitches say."""
@@ -49,15 +62,7 @@ def _rows_by_matrix(builder: Any, arguments: Any) -> None:
     rows = [load(builder, offset(builder, matrix, _ROW_BYTES * k), REALS) for k in range(BLOCK)]
     with cgutils.for_range(builder, count) as loop:
         at = builder.add(source, builder.mul(loop.index, source_pitch))
-        # two sums, so that one product need not wait for the one before
-        totals = []
-        for k in range(BLOCK):
-            value = splat(builder, load(builder, offset(builder, at, 4 * k), REAL), REALS)
-            if k < 2:
-                totals.append(builder.fmul(value, rows[k]))
-            else:
-                totals[k % 2] = add_product(builder, totals[k % 2], value, rows[k])
-        total = builder.fadd(*totals)
+        total = _weighted_sum(builder, at, rows)
         store(builder, total, builder.add(out, builder.mul(loop.index, out_pitch)))
 
 
@@ -71,14 +76,7 @@ def _matrix_by_rows(builder: Any, arguments: Any) -> None:
         at = builder.add(at, source_pitch)
     with cgutils.for_range(builder, I64(BLOCK)) as loop:
         weights = builder.add(matrix, builder.mul(loop.index, I64(_ROW_BYTES)))
-        totals = []
-        for k in range(BLOCK):
-            value = splat(builder, load(builder, offset(builder, weights, 4 * k), REAL), REALS)
-            if k < 2:
-                totals.append(builder.fmul(value, rows[k]))
-            else:
-                totals[k % 2] = add_product(builder, totals[k % 2], value, rows[k])
-        total = builder.fadd(*totals)
+        total = _weighted_sum(builder, weights, rows)
         store(builder, total, builder.add(out, builder.mul(loop.index, out_pitch)))
 
 
