@@ -7,14 +7,15 @@ mean SSIM of 0.95; then all codecs encode and decode the same tiles in turn, pas
 a busy moment of the machine hits all of them. Figures are medians over the passes.
 
 One core: a fresh process bound to one CPU; CPU time (which other load disturbs least) and wall
-time. All cores: as many threads as CPUs, one tile each; wall time. Learned tiles, and encoding,
-go through ``wsicodec``; reference streams are decoded by imagecodecs alone, as a pipeline without
-wsicodec would. Start: import and first tile, in fresh processes.
+time. All cores: as many threads as CPUs, one tile each; wall time, and how many times as fast that
+is as one thread in the pass beside it. Learned tiles, and encoding, go through ``wsicodec``;
+reference streams are decoded by imagecodecs alone, as a pipeline without wsicodec would. Start:
+import and first tile, in fresh processes.
 
-The JSON file: ``speed`` {codec: {one_core | all_cores: {encode | decode: {mpx_s, ...}}}},
-``ratios`` {codec: {one_core | all_cores: {encode | decode: {jpeg | jpeg2000 | jpegxl | avif:
-how many times as fast}}}}, ``matched`` (parameter, SSIM, PSNR and bits per pixel of each codec),
-``start``, ``machine``, ``versions``.
+The JSON file: ``speed`` {codec: {one_core | all_cores: {encode | decode: {mpx_s, ...}}}}, with
+``against_one_thread`` for all cores; ``ratios`` {codec: {one_core | all_cores: {encode | decode:
+{jpeg | jpeg2000 | jpegxl | avif: how many times as fast}}}}; ``matched`` (parameter, SSIM, PSNR and
+bits per pixel of each codec), ``start``, ``machine``, ``versions``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,37 +147,51 @@ def works(
     return result
 
 
-def time_passes(
-    jobs: Mapping[tuple[str, str], Work], passes: int, pixels: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Medians over interleaved passes: {codec: {encode | decode: {mpx_s, ...}}}."""
-    repeats = {}
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of each pass over all tiles, by the clock and of the CPU."""
+
+    wall: list[float]
+    cpu: list[float]
+    repeats: int
+
+    def figures(self, pixels: int) -> dict[str, Any]:
+        """Medians, and the best pass, in megapixels per second."""
+        megapixels = pixels / 1e6
+        return {
+            "mpx_s_cpu": megapixels / statistics.median(self.cpu),
+            "mpx_s_wall": megapixels / statistics.median(self.wall),
+            "mpx_s_cpu_best": megapixels / min(self.cpu),
+            "mpx_s_wall_best": megapixels / min(self.wall),
+            "passes": len(self.wall),
+            "repeats": self.repeats,
+        }
+
+
+def time_passes(jobs: Mapping[Any, Work], passes: int) -> dict[Any, Passes]:
+    """Interleaved passes of each job."""
+    result = {}
     for key, work in jobs.items():
         work()  # warms caches, compiles
         start = time.perf_counter()
         work()
-        repeats[key] = 1 + int(MIN_PASS_SECONDS / (time.perf_counter() - start))
-    wall: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
-    cpu: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
+        repeats = 1 + int(MIN_PASS_SECONDS / (time.perf_counter() - start))
+        result[key] = Passes([], [], repeats)
     for _ in range(passes):
         for key, work in jobs.items():
+            timed = result[key]
             wall_start, cpu_start = time.perf_counter(), time.process_time()
-            for _ in range(repeats[key]):
+            for _ in range(timed.repeats):
                 work()
-            cpu[key].append((time.process_time() - cpu_start) / repeats[key])
-            wall[key].append((time.perf_counter() - wall_start) / repeats[key])
-    speeds: dict[str, dict[str, dict[str, Any]]] = {}
-    for key in jobs:
-        label, operation = key
-        speeds.setdefault(label, {})[operation] = {
-            "mpx_s_cpu": pixels / 1e6 / statistics.median(cpu[key]),
-            "mpx_s_wall": pixels / 1e6 / statistics.median(wall[key]),
-            "mpx_s_cpu_best": pixels / 1e6 / min(cpu[key]),
-            "mpx_s_wall_best": pixels / 1e6 / min(wall[key]),
-            "passes": passes,
-            "repeats": repeats[key],
-        }
-    return speeds
+            timed.cpu.append((time.process_time() - cpu_start) / timed.repeats)
+            timed.wall.append((time.perf_counter() - wall_start) / timed.repeats)
+    return result
+
+
+def times_as_fast(one: Passes, other: Passes) -> float:
+    """Median, over pairs of passes that were next to each other, of how many times as fast the
+    other is by the clock."""
+    return statistics.median(a / b for a, b in zip(one.wall, other.wall, strict=True))
 
 
 def _measure(
@@ -191,7 +207,22 @@ def _measure(
     threads = 1 if cpu is not None else _usable_cores()
     os.environ["WSICODEC_NUM_THREADS"] = str(threads)
     pixels = sum(tile.shape[0] * tile.shape[1] for tile in tiles)
-    answer.put(time_passes(works(tiles, chosen, threads), passes, pixels))
+    by_threads = {n: works(tiles, chosen, n) for n in sorted({1, threads})}
+    # one thread and all of them next to each other: clocks and other load change within seconds
+    jobs = {
+        (label, operation, n): by_threads[n][label, operation]
+        for label, operation in by_threads[1]
+        for n in by_threads
+    }
+    timed = time_passes(jobs, passes)
+    speeds: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, operation in by_threads[1]:
+        figures = timed[label, operation, threads].figures(pixels)
+        if cpu is None:
+            one = timed[label, operation, 1]
+            figures["against_one_thread"] = times_as_fast(one, timed[label, operation, threads])
+        speeds.setdefault(label, {})[operation] = figures
+    answer.put(speeds)
 
 
 def in_fresh_process(
@@ -200,8 +231,8 @@ def in_fresh_process(
     passes: int,
     cpu: int | None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """``time_passes`` in a process of its own. ``mpx_s`` is from CPU time on one core, which other
-    load disturbs least, and from wall time on all.
+    """Figures of all codecs, measured in a process of its own. ``mpx_s`` is from CPU time on one
+    core, which other load disturbs least, and from wall time on all.
 
     Raises RuntimeError when the process fails; it prints why.
     """
@@ -307,7 +338,7 @@ def run(
     *,
     tile: int = 256,
     tiles: int = 24,
-    passes: int = 5,
+    passes: int = 7,
     starts: int = 5,
     cpu: int | None = None,
     target: float = SSIM_TARGET.value,
@@ -375,6 +406,11 @@ def print_report(report: Mapping[str, Any]) -> None:
             for name in one["decode"]
         ]
         print(f"{label[:17]:18}" + "   ".join(cells))
+    print(f"\ntimes as fast on {cores} cores as on one, encode / decode")
+    for label, by_cores in report["speed"].items():
+        every = by_cores["all_cores"]
+        cells = [f"{every[o]['against_one_thread']:.2f}" for o in ("encode", "decode")]
+        print(f"{label[:17]:18}" + " / ".join(cells))
     print("\nfresh process, ms: Python alone, import, first tile, second tile")
     for label, at in report["start"].items():
         print(
@@ -400,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", help="learned models; default: the default one")
     parser.add_argument("--tile", type=int, default=256, help="tile side in pixels (256)")
     parser.add_argument("--tiles", type=int, default=24, help="how many tiles (24)")
-    parser.add_argument("--passes", type=int, default=5, help="interleaved passes (5)")
+    parser.add_argument("--passes", type=int, default=7, help="interleaved passes (7)")
     parser.add_argument("--starts", type=int, default=5, help="fresh processes a start time (5)")
     parser.add_argument("--cpu", type=int, help="CPU of the one-core figures; default: the last")
     parser.add_argument(

@@ -739,10 +739,21 @@ def test_speed_report(tmp_path: Path) -> None:
                 assert found["speed"][label][cores][operation]["mpx_s"] > 0
                 ratio = found["ratios"][label][cores][operation]
                 assert set(ratio) == {"jpeg", "jpeg2000"}
+        for figures in found["speed"][label]["all_cores"].values():
+            assert figures["against_one_thread"] > 0
         assert found["start"][label]["first_tile_ms"] > 0
     assert found["ratios"]["jpeg420"]["one_core"]["decode"]["jpeg"] == 1
     assert found["matched"]["jpeg2000"]["ssim"] == pytest.approx(0.95, abs=0.005)
     assert found["versions"]["python"]
+
+
+def test_passes_are_compared_with_those_beside_them() -> None:
+    # the machine halves its speed after the first pass: medians of each alone would not see 2
+    one = speed.Passes([4.0, 8.0, 8.0], [4.0, 8.0, 8.0], 1)
+    two = speed.Passes([2.0, 4.0, 16.0], [4.0, 8.0, 9.0], 1)
+    assert speed.times_as_fast(one, two) == 2
+    assert two.figures(8_000_000)["mpx_s_wall"] == 2
+    assert two.figures(8_000_000)["mpx_s_cpu_best"] == 2
 
 
 def test_matching_finds_the_cheapest_quality_that_serves() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import wsicodec
 from wsicodec import settings
+from wsicodec.codec import _share_out
 from wsicodec.errors import SettingsError
 
 FOLDER = Path(__file__).parent / "conformance"
@@ -93,6 +94,34 @@ def test_decode_batch_fails_by_name_from_its_threads(tiny) -> None:
     bad = (FOLDER / "refuse/words-end-early.tile").read_bytes()
     with pytest.raises(wsicodec.TruncatedError):
         wsicodec.decode_batch([good, good, bad, good], threads=3)
+
+
+def test_a_slow_group_holds_up_no_other() -> None:
+    done: list[int] = []
+    others_done = threading.Event()
+
+    def run(group: list[int]) -> None:
+        if group == [0]:
+            assert others_done.wait(PATIENCE)
+        done.append(group[0])
+        if len(done) == 9:
+            others_done.set()
+
+    _share_out([[i] for i in range(10)], run, 2)
+    assert done[-1] == 0 and sorted(done) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_no_group_is_begun_after_a_failure(workers: int) -> None:
+    begun: list[int] = []
+
+    def run(group: list[int]) -> None:
+        begun.append(group[0])
+        raise KeyboardInterrupt(group[0])
+
+    with pytest.raises(KeyboardInterrupt, match=r"[012]"):
+        _share_out([[i] for i in range(100)], run, workers)
+    assert len(begun) <= workers
 
 
 def test_threads_encode_the_same_bytes(tiny_installed: str, tissue) -> None:

@@ -6,8 +6,8 @@ itself. ``decode`` and ``probe`` tell them apart by their first bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,6 @@ CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
 
 Buffer = bytes | bytearray | memoryview
 DEVICES = ("auto", "cpu", "cuda")
-BATCH_PIXELS = 2**19
-"""Pixels that one run of the networks takes at most: eight tiles of 256."""
 
 
 def codec_named(name: str) -> Codec:
@@ -153,19 +151,13 @@ def decode_batch(
         for i, image in zip(group, images, strict=True):
             results[i] = image
 
-    groups = _groups(tiles, workers)
-    if workers == 1 or len(groups) == 1:
-        for group in groups:
-            run(group)
-    else:
-        with ThreadPoolExecutor(min(workers, len(groups))) as pool:
-            list(pool.map(run, groups))
+    _share_out(_groups(tiles, workers), run, workers)
     return [r for r in results if r is not None] if target is None else target
 
 
 def _groups(tiles: Sequence[Tile | None], workers: int) -> list[list[int]]:
-    """Indices of tiles that networks may decode in one run: learned ones of one model, size and
-    number of stages, at most ``BATCH_PIXELS``, and no fewer groups than there are workers."""
+    """Indices of tiles that are decoded in one go: learned ones of one model, size and number of
+    stages, as many as the model's networks want, and no fewer groups than there are workers."""
     alike: dict[object, list[int]] = {}
     for i, tile in enumerate(tiles):
         key: object = i
@@ -173,15 +165,43 @@ def _groups(tiles: Sequence[Tile | None], workers: int) -> list[list[int]]:
             key = (tile.learned.model, tile.learned.stages, tile.height, tile.width)
         alike.setdefault(key, []).append(i)
     groups = []
-    for key, members in alike.items():
-        most = 1
-        if isinstance(key, tuple):
+    for members in alike.values():
+        most, first = 1, tiles[members[0]]
+        if first is not None and first.learned is not None:
+            from wsicodec.codec.learned import most_alike
+
             # as many groups for one worker as for the next
-            cap = max(1, BATCH_PIXELS // (key[2] * key[3]))
-            rounds = -(-len(members) // (workers * cap))
+            rounds = -(-len(members) // (workers * most_alike(first)))
             most = -(-len(members) // (workers * rounds))
         groups += [members[i : i + most] for i in range(0, len(members), most)]
     return groups
+
+
+def _share_out(groups: Sequence[list[int]], run: Callable[[list[int]], None], workers: int) -> None:
+    """Run all groups, each worker taking the next when it has done one: cores are never equally
+    free. This thread is one of the workers. Raises what the first group to fail raised."""
+    waiting, lock = iter(groups), threading.Lock()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        while not failures:
+            with lock:
+                group = next(waiting, None)
+            if group is None:
+                return
+            try:
+                run(group)
+            except BaseException as failure:
+                failures.append(failure)
+
+    helpers = [threading.Thread(target=work) for _ in range(min(workers, len(groups)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]
 
 
 def _decode_group(

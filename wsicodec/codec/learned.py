@@ -19,6 +19,8 @@ from wsicodec.errors import FormatError, SettingsError, UnknownModelError
 from wsicodec.models.store import decoder_of_prefix, encoder_of, find_model, models
 from wsicodec.settings import compute_slot
 
+BATCH_PIXELS = 2**19
+"""Pixels that one run of onnxruntime's networks takes at most: eight tiles of 256."""
 DEFAULT = 70
 TRY_ALL_MODES = 8
 """Effort from which other modes are tried on tiles that look like tissue, too."""
@@ -177,6 +179,18 @@ def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
         return coded.data
     best: Candidate = better_mode(image, measured(coded.tile, coded.pixels, image), reasons)
     return best.tile.pack()
+
+
+def most_alike(tile: Tile) -> int:
+    """Tiles of this one's kind that are best decoded in one go.
+
+    A run of onnxruntime costs as much as the arithmetic of a tile. Compiled programs go tile by
+    tile: two at a time, since taking turns costs little.
+    """
+    assert tile.learned is not None
+    if decoder_of_prefix(tile.learned.model).fused is not None:
+        return 2
+    return max(1, BATCH_PIXELS // (tile.height * tile.width))
 
 
 def decode_alike(tiles: Sequence[Tile], outs: list[Image] | None) -> list[Image]:
