@@ -305,8 +305,9 @@ def test_demo(
         assert row["quality"]["tiles"] == 4
         assert row["quality"]["ssim_mean"] > 0.9
         if row["file"]:
-            assert Path(row["file"]).stat().st_size == row["file_bytes"]
-    picture = imagecodecs.png_decode((folder / "compare.png").read_bytes())
+            assert (folder / row["file"]).stat().st_size == row["file_bytes"]
+    assert str(tmp_path) not in json.dumps(result)  # the folder may be moved
+    picture = imagecodecs.png_decode((folder / result["picture"]["file"]).read_bytes())
     assert picture.shape == (128, 3 * 192 + 2 * 16, 3)
     np.testing.assert_array_equal(picture[::2, :192:2], tissue(300, 420)[20:84, 40:136])
 

@@ -52,13 +52,13 @@ class DemoRow:
     seconds: float
 
     def as_dict(self, raw: int) -> dict[str, Any]:
-        """JSON-ready. raw: bytes of the pixels."""
+        """JSON-ready; files by their names within the folder. raw: bytes of the pixels."""
         return {
             "codec": self.codec,
             "quality_setting": self.quality_setting,
             "coded_bytes": self.coded_bytes,
             "bits_per_pixel": 24 * self.coded_bytes / raw,
-            "file": None if self.file is None else str(self.file),
+            "file": None if self.file is None else self.file.name,
             "file_bytes": self.file_bytes,
             "quality": self.quality.as_dict(),
             "seconds": self.seconds,
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
             "tile": _TILE,
             "metrics": METRIC_ARGUMENTS,
             "picture": {
-                "file": str(picture),
+                "file": picture.name,
                 "panels": ["original", *pictured],
                 "region": dict(zip(("y", "x", "height", "width"), _CROP, strict=True)),
                 "zoom": _ZOOM,
@@ -148,9 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
         }
         _write_json(folder / "demo.json", result)
         if arguments.json:
-            print_json(result)
+            print_json({"folder": str(folder), **result})
         else:
-            _print(result)
+            _print(result, folder)
             print(f"the same for machines: {folder / 'demo.json'}")
     return Exit.OK
 
@@ -288,7 +288,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         raise SlideError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], folder: Path) -> None:
     """The result for people."""
     rows = result["codecs"]
     raw = result["width"] * result["height"] * 3
@@ -339,4 +339,4 @@ def _print(result: dict[str, Any]) -> None:
         "blocks are there to be found again"
     )
     picture = result["picture"]
-    print(f"picture ({' | '.join(picture['panels'])}): {picture['file']}")
+    print(f"picture ({' | '.join(picture['panels'])}): {folder / picture['file']}")
