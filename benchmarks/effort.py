@@ -26,7 +26,7 @@ from benchmarks import images as pictures
 from benchmarks import record
 from benchmarks.metrics import QUALITY_SCALES, bd_rate
 from wsicodec import metrics
-from wsicodec.codec.effort import DEFAULT_EFFORT, MAX_EFFORT, TUNES
+from wsicodec.codec.options import DEFAULT_EFFORT, MAX_EFFORT, TUNES
 from wsicodec.metrics import Image
 
 QUALITIES = (42, 50, 56, 62, 70, 76, 82, 88)

@@ -18,7 +18,7 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import imagecodecs
 import numpy as np
@@ -197,17 +197,22 @@ def decode_learned(rest: bytes, height: int, width: int, models: list[bytes]) ->
     """Sections "Learned header" and "Cells". ``rest`` is the tile from offset 18 on."""
     require(len(rest) >= 6, "learned header")
     digest, gain, packed = rest[:4], rest[4], rest[5]
-    require(packed >> 7 == 0, "reserved bit")
     stages, log_lanes = packed & 15, packed >> 4 & 7
     require(log_lanes <= 5, "lanes")
+    tilt, payload = 0, rest[6:]
+    if packed >> 7:
+        require(len(payload) >= 1, "tilt")
+        tilt, payload = payload[0], payload[1:]
+        require(1 <= tilt <= 16, "tilt")
     found = [file for file in models if hashlib.sha256(file).digest()[:4] == digest]
     require(bool(found), "no such model")
     model = read_model(found[0])
     require(1 <= stages <= len(model.stages), "stages")
+    model = tilted(model, tilt)
 
     # section "Cells": row by row
     places = [(top, left) for top in range(0, height, 512) for left in range(0, width, 512)]
-    turns, stream = read_turns(rest[6:], len(places))
+    turns, stream = read_turns(payload, len(places))
     coder = Decoder(stream, 1 << log_lanes)
     cells = []
     real = np.zeros((height, width, 3))
@@ -269,7 +274,7 @@ def decode_cell(
         shape = (count, rows, columns)
         require(outputs["class"].shape == shape, "shape of class")
         at = lattice_positions(lattice, rows, columns)
-        classes = outputs["class"][:, *at]
+        classes = tilted_classes(model, first, outputs["class"][:, *at])
         mean = None
         if k < model.mean_stages:
             require(outputs["mean"].shape == shape, "shape of mean")
@@ -333,6 +338,35 @@ def decode_hyper(
     hyper = outputs["h"][:, :rows, :columns]
     step = outputs["step"][0, :rows, :columns]
     return z, hyper, np.clip(gain + step, 0, 255)
+
+
+# --------------------------------------------------------------------------------------------- Tilt
+
+
+def tilted(model: Model, tilt: int) -> Model:
+    """Section "Tilt": the model as the cells of a tile of this tilt use it."""
+    finer = (tilt * model.tilt + 8) >> 4
+    means, contexts = len(model.mean_factor), len(model.context_factor)
+    return replace(
+        model,
+        finer=finer,
+        mean_factor=tilted_factors(model.mean_factor, 4 * finer[:means]),
+        context_factor=tilted_factors(model.context_factor, -4 * finer[:contexts]),
+        inverse_gain=model.inverse_gain.astype(np.float64) * 2.0 ** (-finer / 8),
+    )
+
+
+def tilted_factors(factors: np.ndarray, e: np.ndarray) -> np.ndarray:
+    q = 15 - (e >> 5)
+    product = factors.astype(np.int64) * OCTAVE[e & 31]
+    return np.clip((product + (1 << q - 1)) >> q, 1, 2**21 - 1)
+
+
+def tilted_classes(model: Model, first: int, classes: np.ndarray) -> np.ndarray:
+    """Classes of channels from ``first`` on, (channels, positions), as the graph gives them."""
+    require(bool(np.all((classes >= 0) & (classes <= 127))), "class")
+    finer = model.finer[first : first + len(classes), None]
+    return np.where(classes == 0, 0, np.clip(classes + finer, 0, 127))
 
 
 # ------------------------------------------------------------------------------------------- Levels
@@ -570,6 +604,9 @@ class Model:
     colours: np.ndarray
     mean: np.ndarray
     lapping: np.ndarray
+    tilt: np.ndarray
+    finer: np.ndarray
+    """By channel, of a tile: section "Tilt"."""
     graphs: dict[str, onnx.ModelProto]
 
 
@@ -634,6 +671,10 @@ def read_model(file: bytes) -> Model:
     lapping = floats("lapping", np.inf, 8, 8)
     exact = lapping.astype(np.float64)
     require(bool(np.all(np.abs(exact @ exact.T - np.eye(8)) <= 1e-4)), "lapping is not orthogonal")
+    tilt = np.zeros(channels, np.int64)
+    if "tilt" in tensors:
+        tilt = tensor("tilt", "int8", channels).astype(np.int64)
+        require(bool(np.all(np.abs(tilt) <= 32)), "tilt is out of range")
     require(set(graphs) >= {"hyper", "chain", *(f"stage{k}" for k in range(len(a["stages"])))},
             "graphs")  # fmt: skip
     check_graphs(a, graphs)
@@ -653,6 +694,8 @@ def read_model(file: bytes) -> Model:
         colours=colours,
         mean=floats("mean", 2**10, 3),
         lapping=lapping,
+        tilt=tilt,
+        finer=np.zeros(channels, np.int64),
         graphs=graphs,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import wsicodec
 from wsicodec import bitstream
-from wsicodec.bitstream import LearnedHeader, Mode, Tile
+from wsicodec.bitstream import MAX_TILT, LearnedHeader, Mode, Tile
 from wsicodec.errors import (
     ChecksumError,
     FormatError,
@@ -25,6 +26,8 @@ from wsicodec.errors import (
 
 Read = Callable[[str], bytes]
 
+LEARNED = ("learned-17x31-gain90-stages2-lanes2", "learned-31x33-gain130-tilt9-turned")
+
 sides = st.one_of(st.integers(1, 4096), st.sampled_from([1, 2, 4095, 4096]))
 learned_headers = st.builds(
     LearnedHeader,
@@ -32,6 +35,7 @@ learned_headers = st.builds(
     gain=st.integers(0, 255),
     stages=st.integers(1, 15),
     lanes_log2=st.integers(0, 5),
+    tilt=st.integers(0, MAX_TILT),
 )
 other_modes = st.sampled_from([Mode.JPEGXL, Mode.JPEG, Mode.JPEG2000, Mode.LOSSLESS])
 payloads = st.binary(max_size=200)
@@ -58,7 +62,9 @@ def flipped(data: bytes, bit: int) -> bytes:
 def test_parse_gives_back_what_pack_took(tile: Tile) -> None:
     data = tile.pack()
     assert bitstream.parse(data) == tile
-    overhead = 24 if tile.mode is Mode.LEARNED else 18
+    overhead = 18
+    if tile.learned is not None:
+        overhead = 25 if tile.learned.tilt else 24
     assert len(data) == overhead + len(tile.payload)
     assert bitstream.is_tile(data)
     assert with_right_checksum(data) == data
@@ -91,6 +97,39 @@ def test_any_bytes_parse_or_are_refused_by_name(data: bytes) -> None:
             assert str(error)
 
 
+def test_a_tilt_is_a_byte_after_the_learned_header() -> None:
+    plain = Tile(Mode.LEARNED, 3, 5, b"payload", LearnedHeader(b"abcd", 7, 9, 5))
+    assert MAX_TILT == 16
+    for tilt in range(1, 17):
+        assert plain.learned is not None
+        data = replace(plain, learned=replace(plain.learned, tilt=tilt)).pack()
+        same = plain.pack()
+        assert data[18:] == same[18:23] + bytes([same[23] | 0x80, tilt]) + same[24:]
+
+
+@given(learned_headers, st.binary(max_size=20))
+def test_every_refused_tilt_is_named(learned: LearnedHeader, payload: bytes) -> None:
+    learned = replace(learned, tilt=1)
+    data = Tile(Mode.LEARNED, 1, 1, payload, learned).pack()
+    for tilt in range(256):
+        tilted = with_right_checksum(data[:24] + bytes([tilt]) + data[25:])
+        if 1 <= tilt <= 16:
+            found = bitstream.parse(tilted)
+            assert found == Tile(Mode.LEARNED, 1, 1, payload, replace(learned, tilt=tilt))
+        else:
+            with pytest.raises(FormatError, match=f"tilt of {tilt}"):
+                bitstream.parse(tilted)
+
+
+@given(learned_headers)
+def test_a_tile_without_room_for_its_tilt_is_named(learned: LearnedHeader) -> None:
+    data = Tile(Mode.LEARNED, 1, 1, b"", replace(learned, tilt=1)).pack()
+    for size in range(18, 25):
+        cut = data[:10] + struct.pack("<I", size - 18) + data[14:size]
+        with pytest.raises(FormatError, match="no room"):
+            bitstream.parse(with_right_checksum(cut))
+
+
 def test_the_example_of_the_document() -> None:
     data = bytes.fromhex("57 53 43 1A 01 00 30 00 40 00 03 00 00 00 61 64 D6 8D F3 EE F5")
     image = np.full((48, 64, 3), (243, 238, 245), np.uint8)
@@ -106,7 +145,7 @@ def test_decode_takes_any_bytes(kind: Callable[[bytes], bytes], vector: Read) ->
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("name", ["learned-17x31-gain90-stages2-lanes2", "constant-1x1"])
+@pytest.mark.parametrize("name", [*LEARNED, "constant-1x1"])
 def test_truncation_at_every_byte_is_named(name: str, vector: Read) -> None:
     data = vector(f"decode/{name}.tile")
     for size in range(len(data)):
@@ -115,9 +154,10 @@ def test_truncation_at_every_byte_is_named(name: str, vector: Read) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_truncation_with_a_fitting_header_is_named(vector: Read) -> None:
+@pytest.mark.parametrize("name", LEARNED)
+def test_truncation_with_a_fitting_header_is_named(name: str, vector: Read) -> None:
     """Cut, then length and checksum repaired: only the entropy coder can notice."""
-    data = vector("decode/learned-17x31-gain90-stages2-lanes2.tile")
+    data = vector(f"decode/{name}.tile")
     for size in range(24, len(data)):
         cut = data[:10] + struct.pack("<I", size - 18) + data[14:size]
         with pytest.raises((TruncatedError, FormatError)):
@@ -125,7 +165,7 @@ def test_truncation_with_a_fitting_header_is_named(vector: Read) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("name", ["learned-17x31-gain90-stages2-lanes2", "lossless-1x1"])
+@pytest.mark.parametrize("name", [*LEARNED, "lossless-1x1"])
 def test_every_flipped_bit_of_a_tile_is_named(name: str, vector: Read) -> None:
     """Header and payload: a damaged tile is refused, never shown as another image."""
     data = vector(f"decode/{name}.tile")
@@ -135,11 +175,12 @@ def test_every_flipped_bit_of_a_tile_is_named(name: str, vector: Read) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_every_flipped_header_bit_under_a_right_checksum(vector: Read) -> None:
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_flipped_header_bit_under_a_right_checksum(name: str, vector: Read) -> None:
     """Such a tile is another tile: refused by name, or an image of the size that it now says."""
-    data = vector("decode/learned-17x31-gain90-stages2-lanes2.tile")
+    data = vector(f"decode/{name}.tile")
     named = {0: FormatError, 1: FormatError, 2: FormatError, 3: FormatError, 4: UnsupportedError}
-    for bit in [b for b in range(8 * 24) if not 14 <= b // 8 < 18]:
+    for bit in [b for b in range(8 * (25 if data[23] >> 7 else 24)) if not 14 <= b // 8 < 18]:
         damaged = with_right_checksum(flipped(data, bit))
         height, width = struct.unpack("<HH", damaged[6:10])
         try:
@@ -194,6 +235,8 @@ def test_checks_come_in_the_documents_order() -> None:
         (Tile(Mode.LEARNED, 1, 1, b"", LearnedHeader(b"abcd", 0, 0)), FormatError),
         (Tile(Mode.LEARNED, 1, 1, b"", LearnedHeader(b"abcd", 0, 16)), FormatError),
         (Tile(Mode.LEARNED, 1, 1, b"", LearnedHeader(b"abcd", 0, 1, 6)), FormatError),
+        (Tile(Mode.LEARNED, 1, 1, b"", LearnedHeader(b"abcd", 0, 1, 5, 17)), FormatError),
+        (Tile(Mode.LEARNED, 1, 1, b"", LearnedHeader(b"abcd", 0, 1, 5, -1)), FormatError),
     ],
 )
 def test_what_no_tile_may_say_is_not_written(tile: Tile, error: type[WsicodecError]) -> None:

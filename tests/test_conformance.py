@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +41,7 @@ DECODE_LEARNED = (
     "learned-1x1-gain0-lanes32",
     "learned-1x1-gain90",
     "learned-31x17-gain1-stages3-lanes8-turned",
+    "learned-31x33-gain130-tilt9-turned",
     "learned-32x32-gain160-stages2-lanes2",
     "learned-32x32-gain140-turned-a",
     "learned-32x32-gain140-turned-b",
@@ -78,6 +80,22 @@ DECODE_LAPPED = (
     "lapped/600x530-gain150-stages1-turned",
     "lapped/88x16-gain120-lanes32",
 )
+DECODE_TILTED = (
+    "tilted/17x33-gain140-tilt7",
+    "tilted/1x1-gain90-tilt16",
+    "tilted/33x17-gain100-stages4-lanes1-tilt8-turned",
+    "tilted/40x40-gain150-random",
+    "tilted/40x72-gain200",
+    "tilted/40x72-gain200-tilt16",
+    "tilted/40x72-gain60-lanes2-tilt15-turned",
+    "tilted/49x65-gain180-tilt7-random",
+    "tilted/49x81-gain230-lanes16-tilt15-random",
+    "tilted/529x23-gain160-tilt16-random-turned",
+    "tilted/65x49-gain128-lanes8-tilt1-random",
+    "tilted/72x40-gain255-lanes1-tilt16-random",
+    "tilted/80x48-gain20-lanes32-tilt8-random-turned",
+)
+DECODE_MODELS = DECODE_LEARNED + DECODE_LAPPED + DECODE_TILTED
 DECODE_OTHERS = (
     "constant-1x1",
     "constant-64x48",
@@ -106,11 +124,15 @@ CODER = (
     "coder-escapes-raw-bits-quantiser1-lanes4",
     "coder-walk-lanes1",
 )
-CODER_LAPPED = ("lapped/coder",)
-PACK = ("tile-constant", "tile-jpeg", "tile-learned", "lapped/tile")
-REFUSE_COUNT = 67
+WHOLE = {  # encoded from all symbols: folder to the tile
+    "lapped": "lapped/40x72-gain60-lanes2-turned",
+    "tilted": "tilted/40x72-gain60-lanes2-tilt15-turned",
+}
+CODER_WHOLE = tuple(f"{folder}/coder" for folder in WHOLE)
+PACK = ("tile-constant", "tile-jpeg", "tile-learned", *(f"{folder}/tile" for folder in WHOLE))
+REFUSE_COUNT = 69
 REFUSE = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.tile")))
-REFUSE_MODEL_COUNT = 48
+REFUSE_MODEL_COUNT = 56
 REFUSE_MODEL = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.wscm")))
 
 Read = Callable[[str], bytes]
@@ -137,25 +159,25 @@ def within_tolerance(
 @pytest.fixture(scope="module")
 def files(tiny_file: bytes) -> list[bytes]:
     """The models of all vectors; this process decodes their tiles from now on."""
-    found = [tiny_file, *((FOLDER / f"{n}.wscm").read_bytes() for n in ("smallest", "lapped"))]
+    names = ("smallest", "lapped", "tilted")
+    found = [tiny_file, *((FOLDER / f"{n}.wscm").read_bytes() for n in names)]
     for file in found:
         allow_model(file)
     return found
 
 
 def test_no_vector_is_missing_and_none_is_unknown() -> None:
-    learned = DECODE_LEARNED + DECODE_LAPPED
-    decode = {f"decode/{n}{s}" for n in learned + DECODE_OTHERS for s in (".tile", ".png")}
-    encode = {f"encode/{n}.json" for n in CODER + CODER_LAPPED + PACK}
+    decode = {f"decode/{n}{s}" for n in DECODE_MODELS + DECODE_OTHERS for s in (".tile", ".png")}
+    encode = {f"encode/{n}.json" for n in CODER + CODER_WHOLE + PACK}
     refuse = {f"refuse/{n}.tile" for n in REFUSE} | {f"refuse/{n}.wscm" for n in REFUSE_MODEL}
     indices = {"decode/symbols.json", "refuse/errors.json"}
-    models = {"tiny.wscm", "tiny.encoder.wscm", "smallest.wscm", "lapped.wscm"}
+    models = {"tiny.wscm", "tiny.encoder.wscm", "smallest.wscm", "lapped.wscm", "tilted.wscm"}
     found = {str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*") if p.is_file()}
     assert found == decode | encode | refuse | indices | models
     assert len(REFUSE) == REFUSE_COUNT
     assert len(REFUSE_MODEL) == REFUSE_MODEL_COUNT
     assert set(json.loads((FOLDER / "refuse/errors.json").read_text())) == set(REFUSE)
-    assert set(json.loads((FOLDER / "decode/symbols.json").read_text())) == set(learned)
+    assert set(json.loads((FOLDER / "decode/symbols.json").read_text())) == set(DECODE_MODELS)
 
 
 def test_the_tiny_model_is_small_and_unchanged(tiny_file: bytes) -> None:
@@ -182,6 +204,19 @@ def test_the_lapped_model_is_small_and_unchanged(vector: Read) -> None:
     assert np.abs(colours @ colours.T - np.eye(3)).max() > 0.2
 
 
+def test_the_tilted_model_is_small_and_unchanged(vector: Read) -> None:
+    file = vector("tilted.wscm")
+    assert len(file) < 15_000
+    tile = bitstream.parse(vector("decode/tilted/40x72-gain200-tilt16.tile"))
+    assert tile.learned is not None
+    assert hashlib.sha256(file).digest()[:4] == tile.learned.model
+    model = second_decoder.read_model(file)
+    means, contexts = len(model.mean_factor), model.context_channels
+    for part in (slice(means), slice(means, contexts), slice(contexts, None)):
+        assert (model.tilt[part].min(), model.tilt[part].max()) == (-32, 32)
+    assert (model.tilt == 0).any() and (model.tilt % 2 == 1).any()
+
+
 @pytest.mark.parametrize("name", ["tiny", "lapped"])
 def test_channels_are_in_no_plain_order(name: str, vector: Read) -> None:
     """Nor those of each plane, and every plane has some."""
@@ -192,7 +227,7 @@ def test_channels_are_in_no_plain_order(name: str, vector: Read) -> None:
     assert (np.argsort(order) != np.argsort(swapped)).any()
 
 
-@pytest.mark.parametrize("name", DECODE_LEARNED + DECODE_LAPPED + DECODE_OTHERS)
+@pytest.mark.parametrize("name", DECODE_MODELS + DECODE_OTHERS)
 def test_decode(name: str, vector: Read, files: list[bytes]) -> None:
     data = vector(f"decode/{name}.tile")
     expected = imagecodecs.png_decode(vector(f"decode/{name}.png"))
@@ -201,7 +236,15 @@ def test_decode(name: str, vector: Read, files: list[bytes]) -> None:
     within_tolerance(second.pixels, expected)
 
 
-@pytest.mark.parametrize("name", DECODE_LEARNED + DECODE_LAPPED)
+def test_tiles_of_several_tilts_decode_in_one_go(vector: Read, files: list[bytes]) -> None:
+    names = [n for n in DECODE_TILTED if "/40x72" in n]
+    tiles = [vector(f"decode/{n}.tile") for n in names]
+    assert len({tile[24] if tile[23] >> 7 else 0 for tile in tiles}) == 3
+    for name, pixels in zip(names, wsicodec.decode_batch(tiles), strict=True):
+        within_tolerance(pixels, imagecodecs.png_decode(vector(f"decode/{name}.png")))
+
+
+@pytest.mark.parametrize("name", DECODE_MODELS)
 def test_symbols(
     name: str, vector: Read, files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,12 +266,12 @@ def test_symbols(
     assert make_conformance.symbols_digest(second.cells) == expected
 
 
-@pytest.mark.parametrize("name", CODER + CODER_LAPPED)
+@pytest.mark.parametrize("name", CODER + CODER_WHOLE)
 def test_encode_symbols(name: str, vector: Read) -> None:
     """Indices, levels and bytes, by the compiled coder, the plain one and the second decoder's."""
     case = json.loads(vector(f"encode/{name}.json"))
     payload, lanes = bytes.fromhex(case["payload"]), case["lanes"]
-    file = vector("lapped.wscm" if name in CODER_LAPPED else "tiny.wscm")
+    file = vector(f"{Path(name).parent}.wscm" if name in CODER_WHOLE else "tiny.wscm")
     tables, model = load_decoder(file).tables, second_decoder.read_model(file)
     encoder, plain_encoder = (k.Encoder(tables, lanes) for k in (kernel, reference))
     decoder, plain = (k.Decoder(payload, tables, lanes) for k in (kernel, reference))
@@ -253,12 +296,13 @@ def test_encode_symbols(name: str, vector: Read) -> None:
     second.end()
 
 
-def test_the_lapped_tile_is_encoded_from_its_symbols(vector: Read) -> None:
+@pytest.mark.parametrize("folder", WHOLE)
+def test_a_tile_is_encoded_from_its_symbols(folder: str, vector: Read) -> None:
     """From symbols to stream, to tile, to pixels: three vectors of one tile."""
-    coder, packed = (json.loads(vector(f"encode/lapped/{n}.json")) for n in ("coder", "tile"))
+    coder, packed = (json.loads(vector(f"encode/{folder}/{n}.json")) for n in ("coder", "tile"))
     turns, stream = second_decoder.read_turns(bytes.fromhex(packed["payload"]), 1)
     assert coder["payload"] == stream.hex() and turns != [(0, 0, 0)]
-    assert packed["tile"] == vector("decode/lapped/40x72-gain60-lanes2-turned.tile").hex()
+    assert packed["tile"] == vector(f"decode/{WHOLE[folder]}.tile").hex()
 
 
 def test_coder_vectors_reach_every_rule(vector: Read) -> None:
@@ -290,8 +334,9 @@ def test_encode_tile(name: str, vector: Read) -> None:
     learned = None
     if fields := case.get("learned"):
         learned = bitstream.LearnedHeader(
-            bytes.fromhex(fields["model"]), fields["gain"], fields["stages"], fields["lanes_log2"]
-        )
+            bytes.fromhex(fields["model"]), fields["gain"], fields["stages"], fields["lanes_log2"],
+            fields.get("tilt", 0),
+        )  # fmt: skip
     payload = bytes.fromhex(case["payload"])
     mode = bitstream.Mode(case["mode"])
     tile = bitstream.Tile(mode, case["height"], case["width"], payload, learned)
@@ -335,10 +380,20 @@ def test_refused_models_have_one_fault_each(vector: Read) -> None:
         {"inverse_gain": np.linspace(-(2**16), 2**16, 12, dtype=np.float32)},
         {"lapping": np.eye(8, dtype=np.float32)[::-1].copy()},
         {"basis": np.zeros(3, np.float16)},  # no rule names it
+        {"tilt": np.array([-32, 32, *range(10)], np.int8)},
     ):
         file = make_conformance.changed(lapped, {}, **tensors)
         load_decoder(file)
         second_decoder.read_model(file)
+
+
+@pytest.mark.parametrize("name", ["tilt-0", "tilt-17"])
+def test_refused_tilts_have_one_fault_each(name: str, vector: Read, files: list[bytes]) -> None:
+    """With a tilt within bounds they are valid tiles."""
+    data = vector(f"refuse/{name}.tile")
+    body = data[18:24] + b"\x10" + data[25:]
+    tile = make_conformance.tile(1, *struct.unpack("<HH", data[6:10]), body)
+    within_tolerance(wsicodec.decode(tile), second_decoder.decode(tile, files).pixels)
 
 
 class Walked(second_decoder.Decoder):
@@ -416,6 +471,178 @@ def test_vectors_reach_every_rule(
     assert SEEN["lanes"] == {1, 2, 4, 8, 16, 32}
     assert SEEN["raw"] == {(n, lane) for n in SEEN["lanes"] for lane in range(n)}
     assert SEEN["transitions"] == {(state, odd) for state in range(8) for odd in range(2)}
+
+
+def test_tilted_vectors_reach_every_rule(
+    vector: Read, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tilts, shifts = set(), set()
+    classes: set[str] = set()
+    plain = second_decoder.read_model(files[3])
+    wanted = second_decoder.tilted_classes
+
+    def noted(model: second_decoder.Model, first: int, given: np.ndarray) -> np.ndarray:
+        finer = model.finer[first : first + len(given), None]
+        found, sums = wanted(model, first, given), given + finer
+        for name, where in {
+            "not coded, finer": (given == 0) & (finer > 0),
+            "no longer coded": (given > 0) & (sums == 0),
+            "below 0": (given > 0) & (sums < 0),
+            "above 127": sums > 127,
+            "finer": (finer > 0) & (found == sums) & (given > 0),
+            "coarser": (finer < 0) & (found == sums) & (found > 0),
+        }.items():
+            if where.any():
+                classes.add(name)
+        return found
+
+    monkeypatch.setattr(second_decoder, "tilted_classes", noted)
+    factors: dict[str, set[int]] = {"mean_factor": set(), "context_factor": set()}
+    for name in DECODE_TILTED:
+        data = vector(f"decode/{name}.tile")
+        tilt = data[24] if data[23] >> 7 else 0
+        assert (tilt > 0) == (f"tilt{tilt}" in name)
+        tilts.add(tilt)
+        model = second_decoder.tilted(plain, tilt)
+        for key, found in factors.items():
+            found |= set(getattr(model, key).tolist())
+            e = (4 if key == "mean_factor" else -4) * model.finer[: len(getattr(model, key))]
+            shifts |= {(key, 15 - int(n >> 5)) for n in e}
+        second_decoder.decode(data, files)
+    assert tilts == {0, 1, 7, 8, 15, 16}
+    assert shifts == {(key, q) for key in factors for q in range(11, 20)}
+    assert all({1, 2**21 - 1} <= found for found in factors.values())
+    assert classes == {
+        "not coded, finer", "no longer coded", "below 0", "above 127", "finer", "coarser"
+    }  # fmt: skip
+
+
+TILT, TILT_FACTORS = second_decoder.tilted, second_decoder.tilted_factors
+TILT_CLASSES, LATENTS = second_decoder.tilted_classes, second_decoder.latents
+
+
+def other_shifts(change: Callable[[np.ndarray], Any]) -> Callable[..., Any]:
+    """``tilted`` with other shifts; change: of the tile's tilt times the channels'."""
+
+    def wrong(model: second_decoder.Model, tilt: int) -> second_decoder.Model:
+        finer = np.asarray(change(tilt * model.tilt), np.int64)
+        return TILT(replace(model, tilt=16 * finer), 1)
+
+    return wrong
+
+
+def other_factor(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+    """``tilted`` with another kind of factors; change: of the model's ones and e."""
+
+    def wrong(model: second_decoder.Model, tilt: int) -> second_decoder.Model:
+        found, plain = TILT(model, tilt), getattr(model, name)
+        e = {"mean_factor": 4, "context_factor": -4}.get(name, 1) * found.finer[: len(plain)]
+        return replace(found, **{name: change(plain, e)})
+
+    return wrong
+
+
+def factors(
+    *, half: bool = True, low: int = 1, high: int = 2**21 - 1, towards_zero: bool = False
+) -> Callable[..., np.ndarray]:
+    """``tilted_factors`` with a mistake."""
+
+    def wrong(plain: np.ndarray, e: np.ndarray) -> np.ndarray:
+        q, i = 15 - (e >> 5), e & 31
+        if towards_zero:
+            q, i = 15 - np.sign(e) * (np.abs(e) >> 5), np.abs(e) & 31
+        product = plain.astype(np.int64) * second_decoder.OCTAVE[i]
+        return np.clip((product + half * (1 << q - 1)) >> q, low, high)
+
+    return wrong
+
+
+def other_classes(change: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    """``tilted_classes`` of another rule; change: of classes and shifts."""
+    return lambda model, first, classes: change(
+        classes, model.finer[first : first + len(classes), None]
+    )
+
+
+def tilted_correction(
+    model: second_decoder.Model, v: np.ndarray, context: np.ndarray, effective: np.ndarray
+) -> np.ndarray:
+    bare = v * model.inverse_gain[:, None, None] * 2.0 ** (6 - effective / 32) / 16
+    finer = model.finer[:, None, None]
+    return bare + (LATENTS(model, v, context, effective) - bare) * 2.0 ** (-finer / 8)
+
+
+WRONG_TILTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "none": ("tilted", lambda model, tilt: TILT(model, 0)),
+    "one more": ("tilted", lambda model, tilt: TILT(model, tilt + (tilt > 0))),
+    "the other way": ("tilted", lambda model, tilt: TILT(replace(model, tilt=-model.tilt), tilt)),
+    "shifts rounded down": ("tilted", other_shifts(lambda x: x >> 4)),
+    "shifts rounded towards zero": ("tilted", other_shifts(lambda x: np.trunc(x / 16))),
+    "shifts plus half, towards zero": ("tilted", other_shifts(lambda x: np.trunc((x + 8) / 16))),
+    "halves of shifts away from zero": (
+        "tilted", other_shifts(lambda x: np.sign(x) * (np.abs(x) + 8 >> 4))
+    ),
+    "halves of shifts to even": ("tilted", other_shifts(lambda x: np.rint(x / 16))),
+    "inverse gains as they were": ("tilted", other_factor("inverse_gain", lambda x, e: x)),
+    "inverse gains the other way": (
+        "tilted", other_factor("inverse_gain", lambda x, e: x * 2 ** (e / 8))
+    ),
+    "factors rounded down": ("tilted_factors", factors(half=False)),
+    "octaves towards zero": ("tilted_factors", factors(towards_zero=True)),
+    "factors in real arithmetic": (
+        "tilted_factors", lambda x, e: np.clip(np.rint(x * 2 ** (e / 32)), 1, 2**21 - 1).astype(int)
+    ),
+    **{f"{name} {fault}": ("tilted", other_factor(name, change))
+       for name in ("mean_factor", "context_factor")
+       for fault, change in {
+           "as it was": lambda x, e: x,
+           "the other way": lambda x, e: TILT_FACTORS(x, -e),
+           "with a quarter of e": lambda x, e: TILT_FACTORS(x, e >> 2),
+           "rounded down": factors(half=False),
+           "of 0": factors(low=0),
+           "without an upper bound": factors(high=2**40),
+       }.items()},
+    "classes as they were": ("tilted_classes", lambda model, first, classes: classes),
+    "class 0 too": ("tilted_classes", other_classes(lambda c, s: np.clip(c + s, 0, 127))),
+    "classes of 1 at least": (
+        "tilted_classes", other_classes(lambda c, s: np.where(c == 0, 0, np.clip(c + s, 1, 127)))
+    ),
+    "classes of 126 at most": (
+        "tilted_classes",
+        other_classes(lambda c, s: np.where(c == 0, 0, np.clip(c + s, 0, 127 - (s > 0)))),
+    ),
+    "classes wrap": (
+        "tilted_classes", other_classes(lambda c, s: np.where(c == 0, 0, c + s & 127))
+    ),
+    "classes of a stage from channel 0": (
+        "tilted_classes", lambda model, first, classes: TILT_CLASSES(model, 0, classes)
+    ),
+    "correction in the channel's steps": ("latents", tilted_correction),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TILTS)
+def test_tilted_vectors_tell_wrong_tilts(
+    name: str, vector: Read, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, wrong = WRONG_TILTS[name]
+    monkeypatch.setattr(second_decoder, function, wrong)
+    symbols = json.loads(vector("decode/symbols.json"))
+    told = set()
+    for case in DECODE_TILTED:
+        expected = imagecodecs.png_decode(vector(f"decode/{case}.png"))
+        try:
+            second = second_decoder.decode(vector(f"decode/{case}.tile"), files)
+        except second_decoder.RefusedError:
+            told.add(case)
+            continue
+        same = make_conformance.symbols_digest(second.cells) == symbols[case]
+        if not same or outside_tolerance(second.pixels, expected, second.free):
+            told.add(case)
+    tilted = {case for case in DECODE_TILTED if "tilt" in case.split("/")[1]}
+    assert told and told <= tilted
+    if name in ("none", "the other way", "inverse gains as they were", "classes as they were"):
+        assert told == tilted
 
 
 def part_of_lap(*, rows: bool, columns: bool) -> Callable[..., np.ndarray]:
@@ -595,7 +822,7 @@ def scaled_flat(factor: float) -> Callable[[], np.ndarray]:
     return lambda: COSINES() * np.where(np.arange(16)[:, None] == 0, factor, 1)
 
 
-BLOCKS, LATENTS = second_decoder.blocks, second_decoder.latents
+BLOCKS = second_decoder.blocks
 SYNTHESISE, COSINES = second_decoder.synthesise, second_decoder.cosines
 WRONG_PIXELS: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "frequencies change places": ("blocks", other_places(lambda p, u, w: 256 * p + 16 * w + u)),

@@ -652,6 +652,18 @@ def test_encoder_that_names_no_decoder(vector: Any, decoder: object) -> None:
         load_encoder(file)
 
 
+def test_encoder_with_graphs_and_fields_that_nothing_reads(vector: Any) -> None:
+    file = container.parse(vector("tiny.encoder.wscm"))
+    header = {k: v for k, v in file.header.items() if k != "corrected"}
+    graphs = {"hyper_analysis": file.graphs["hyper_analysis"]}
+    for change in ({}, {"corrected": "all"}):
+        for more in ({}, {"analysis": b"no graph"}):
+            encoder = load_encoder(container.pack(header | change, graphs | more, file.tensors))
+            assert encoder.step_strength == 0.5
+    with pytest.raises(ModelError, match="no graph 'hyper_analysis'"):
+        load_encoder(container.pack(header, {}, file.tensors))
+
+
 # -- the store --
 
 

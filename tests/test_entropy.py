@@ -175,7 +175,7 @@ def test_arrays_keep_their_shape(tables: SymbolTables) -> None:
     np.testing.assert_array_equal(found, levels.reshape(3, 40))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pairs=st.lists(
         st.tuples(st.integers(1, CLASSES - 1), st.integers(-(2**20), 2**20)), max_size=40

@@ -4,8 +4,8 @@ The integer graphs run under onnxruntime (one and two threads, optimised and not
 a batch), under torch where it is installed, and in int64 by the second decoder's interpreter. All
 must give the same integers for every input that the format allows, so all code the same bytes.
 Graphs cut to a lattice, in float32 and in 8 bits, give what the whole graphs give at its positions.
-Compared here: the graphs' outputs, bytes, symbols, pixels. The encoder's float networks, which
-decide nothing that a decoder must know, run one way only.
+Compared here: the graphs' outputs, bytes, symbols, pixels. The encoder's float network, which
+decides nothing that a decoder must know, runs one way only.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_any_size(pixels: np.ndarray, size: tuple[int, int]) -> None:
     assert psnr(image, decoded) > 30
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 48), columns=st.integers(1, 48), seed=st.integers(0, 2**32 - 1),
        quality=st.integers(1, 100))  # fmt: skip
 def test_noise_of_any_size_decodes_to_its_size(

@@ -38,7 +38,7 @@ def _reference_ssim(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(11, 70),
     columns=st.integers(11, 70),

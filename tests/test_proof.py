@@ -871,7 +871,7 @@ def random_graph(seed: int) -> tuple[bytes, dict[str, Range], dict[str, Range]]:
     return data, {"x": Range.of(3, -127, 127)}, outputs
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["random", "low", "high", "ends"]))
 def test_a_proved_graph_computes_exactly(seed: int, kind: str) -> None:
     """Where the proof holds, onnxruntime's float32 and int64 arithmetic give the same integers."""

@@ -19,7 +19,7 @@ TEXTURED = ((300, 500), (500, 600), (120, 300))
 """Corners of crops of the bundled slide that are not glass, where the coarsest tile is good."""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     target=st.floats(22, 58),
     height=st.floats(-8, 8),

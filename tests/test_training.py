@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="the train extra is not installed")
 PIL_Image = pytest.importorskip("PIL.Image", reason="the train extra is not installed")
 
 from tools.export.fit import count_symbols
-from tools.export.graphs import analysis_graph, chain_graph, hyper_analysis_graph
+from tools.export.graphs import chain_graph, hyper_analysis_graph
 from tools.export.model import decoder_file, encoder_file, hyper_classes, quality_gains
 from tools.train import __main__ as training
 from tools.train.colours import colour_matrix
@@ -39,7 +39,7 @@ from tools.train.lapping import border_filter, lapped_transform_start, odd_part
 from tools.train.loader import Loader
 from tools.train.losses import ssim_luma
 from tools.train.machine import Machine
-from tools.train.network import TileNetwork, adaptive_steps, gain_of
+from tools.train.network import TileNetwork, adaptive_steps, lattice_mask
 from tools.train.run import Run, averaged, save
 from tools.train.settings import NetworkSettings, TrainSettings
 from tools.train.shipped import state_of_model
@@ -47,8 +47,9 @@ from tools.train.tables import MAX_RADIUS, TABLE_CLASSES, fitted_tables, normal_
 from tools.train.transform import band_statistics, bands_of, planes_of, turned, turns_of
 from tools.train.warmstart import TRANSFORM, layers_of, stage_sources, warm_start
 from wsicodec.codec.adaptive import adaptive_steps as runtime_steps
+from wsicodec.codec.cell import CellShape
 from wsicodec.codec.colours import TURN_STEP, best_turn, rotation
-from wsicodec.codec.network import decode_tile, encode_tile
+from wsicodec.codec.network import decode_tile, encode_tile, quantise_cell, usual_search
 from wsicodec.entropy.trellis import split_levels
 from wsicodec.metrics import ssim
 from wsicodec.models import container
@@ -266,6 +267,7 @@ def test_synthesis_is_the_formats(
     }  # fmt: skip
     kinds = {k: (v.dtype.name, v.shape) for k, v in file.tensors.items()}
     assert kinds["order"] == ("uint16", (56,)) and kinds["colours"] == ("float32", (3, 3))
+    assert kinds["tilt"] == ("int8", (56,))
     assert kinds["mean"] == ("float32", (3,)) and kinds["lapping"] == ("float32", (8, 8))
     assert (file.tensors["lapping"] == np.eye(8)).all() != lapped
     y = 30 * torch.randn(1, 56, 2, 3)
@@ -318,7 +320,7 @@ def test_synthesis_undoes_the_linear_transform(
 ) -> None:
     net = network_of(pixels, 1, **{**ALL, "lapped": lapped, "turned": is_turned})
     x = torch.cat([batch_of(pixels[:96, :128]), batch_of(pixels[300:396, 200:328])])
-    y, turns = net.linear_latents(x)
+    y, turns = net.analyse(x)
     assert y.shape == (2, 768, 6, 8)
     assert is_turned != torch.equal(turns, torch.eye(3).expand(2, 3, 3))
     assert float((net.synthesise(y, turns) - x).abs().max()) < 0.01
@@ -360,8 +362,7 @@ def test_the_spread_of_bands_is_measured_turned_or_not(pixels: np.ndarray) -> No
 TINY: dict[str, Any] = {
     "stages": ((0, 4, 1), (0, 4, 2), (0, 4, 3), (4, 12, 0), (16, 32, 0), (48, 8, 0)),
     "mean_stages": 3, "context_channels": 48, "z_channels": 4, "hyper": 8, "context": 8,
-    "middle": 8, "chain": 8, "chain_kernels": (1, 3), "analysis": 8, "analysis_layers": 1,
-    "analysis_channels": 24, "lapped": False,
+    "middle": 8, "chain": 8, "chain_kernels": (1, 3), "lapped": False,
 }  # fmt: skip
 
 
@@ -395,6 +396,8 @@ def network_of(pixels: np.ndarray, seed: int, **changes: Any) -> TileNetwork:
             if name.endswith("bias") and not parameter.any():
                 parameter.uniform_(-0.2, 0.2)
         net.log_gain.uniform_(-0.6, -0.4)
+        # even eighths: half of them are whole, and rounded alike in training and in decoders
+        net.tilt.copy_(torch.randint(-5, 6, net.tilt.shape) / 4)
     return net
 
 
@@ -448,12 +451,9 @@ WIDER = [
     {"context": 12, "middle": 16, "chain": 12},
     {"hyper": 12},
     {"z_channels": 6},
-    {"analysis": 12},
-    {"analysis_layers": 2},
-    {"analysis_channels": 40},
     {"context_channels": 56},
     {"chain_kernels": (3, 3)},
-    {"hyper": 12, "context": 12, "middle": 16, "chain": 12, "analysis": 12},
+    {"hyper": 12, "context": 12, "middle": 16, "chain": 12},
 ]
 
 
@@ -464,21 +464,15 @@ def test_wider_networks_begin_as_the_narrow_one(
     """New columns are zero: what new rows give changes nothing yet."""
     old = network_of(pixels, 1)
     new, afresh = begun_from(old, pixels, **changes)
-    blocks = ["analysis.2.a", "analysis.2.b"] if "analysis_layers" in changes else []
-    assert afresh == blocks
-    if blocks:  # a new residual block begins as the identity
-        with torch.no_grad():
-            new.analysis[2].b.weight.zero_()
-            new.analysis[2].b.bias.zero_()
+    assert not afresh
     if "z_channels" in changes:  # ... but a new hyper-latent costs bits
         a, b = outputs(old, pixels), outputs(new, pixels)
         np.testing.assert_allclose(a[0], b[0], atol=1e-3)
         assert a[1] < b[1] < a[1] + 0.02
-    elif "analysis_channels" in changes or "context_channels" in changes:
+    elif "context_channels" in changes:
         with torch.no_grad():  # rows of more latents are the new network's
-            for layer, first in ((new.analysis_out, 24), (new.chain_out, 48)):
-                layer.weight[first:].zero_()
-                layer.bias[first:].zero_()
+            new.chain_out.weight[48:].zero_()
+            new.chain_out.bias[48:].zero_()
         assert_same_outputs(old, new, pixels)
     else:
         assert_same_outputs(old, new, pixels)
@@ -503,12 +497,9 @@ def silent(net: TileNetwork, axis: str, kept: list[int]) -> None:
         ({"context": 5}, "context"),
         ({"middle": 5}, "middle"),
         ({"chain": 5}, ""),
-        ({"analysis": 5}, "trunk"),
         ({"z_channels": 3}, "z"),
-        ({"analysis_layers": 0}, ""),
         ({"context_channels": 16}, ""),
-        ({"analysis_channels": 16}, ""),
-        ({"hyper": 4, "context": 4, "middle": 4, "chain": 4, "analysis": 4, "z_channels": 2}, ""),
+        ({"hyper": 4, "context": 4, "middle": 4, "chain": 4, "z_channels": 2}, ""),
     ],
     ids=str,
 )
@@ -517,7 +508,7 @@ def test_narrower_networks_keep_what_is_read_most(
 ) -> None:
     """Where only five units of eight are read, the rest can go; every layer is taken over."""
     old = network_of(pixels, 1)
-    if axis and axis not in ("trunk", "z"):
+    if axis and axis != "z":
         silent(old, axis, [0, 2, 3, 5, 7])
         if axis == "hyper":
             silent(old, "expanded", [0, 2, 3, 5, 7])
@@ -529,25 +520,26 @@ def test_narrower_networks_keep_what_is_read_most(
     else:
         assert not afresh
     ours, theirs = outputs(old, pixels), outputs(new, pixels)
-    if axis and axis not in ("trunk", "z"):
+    if axis and axis != "z":
         assert_same_outputs(old, new, pixels)
     assert np.isfinite(theirs[0]).all() and theirs[1] < 3 * ours[1]
 
 
 def test_strong_units_are_kept_in_their_order() -> None:
     """... with the same weights in every layer that they belong to."""
-    old, new = (TileNetwork(NetworkSettings(**{**TINY, "analysis": width})) for width in (8, 3))
+    old, new = (TileNetwork(NetworkSettings(**{**TINY, "chain": width})) for width in (8, 3))
     strong = [6, 1, 4]
     with torch.no_grad():
-        for parameter in (old.analysis_out.weight, old.analysis[1].a.weight):
-            parameter[:, strong] = 9.0
+        old.chain_out.weight[:, strong] = 9.0
+        old.chain[1].bias.copy_(torch.arange(8))
     state, _ = warm_start(old.settings, old.state_dict(), new.settings, new.state_dict())
     kept = sorted(strong)
-    assert torch.equal(state["analysis.0.bias"], old.analysis[0].bias[kept])
-    inner = np.argsort(-(old.analysis[1].b.weight ** 2).sum((0, 2, 3)).detach().numpy())[:3]
-    expected = old.analysis[1].b.weight[kept][:, np.sort(inner)]
-    assert torch.equal(state["analysis.1.b.weight"], expected)
-    assert (state["analysis_out.weight"] == 9).all()
+    assert torch.equal(state["chain.1.bias"], old.chain[1].bias[kept])
+    inner = np.argsort(-(old.chain[1].weight ** 2).sum((0, 2, 3)).detach().numpy())[:3]
+    expected = old.chain[1].weight[kept][:, np.sort(inner)]
+    assert torch.equal(state["chain.1.weight"], expected)
+    assert torch.equal(state["chain.0.weight"], old.chain[0].weight[np.sort(inner)])
+    assert (state["chain_out.weight"] == 9).all()
 
 
 def test_layers_without_a_counterpart_begin_afresh_with_what_reads_them_silent(
@@ -629,6 +621,152 @@ def test_stages_begin_with_those_of_the_same_channels() -> None:
     assert stage_sources(old, new) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 6}
 
 
+# -- the tilt --
+
+
+def test_later_channels_are_never_finer(pixels: np.ndarray) -> None:
+    """... and all are finer or coarser by whole classes."""
+    net = network_of(pixels, 1)
+    with torch.no_grad():
+        net.tilt.copy_(torch.linspace(0.9, -0.9, 5).repeat(12)[:56])
+        octaves = net.tilted(torch.tensor([0.0, 0.3, 1.0]))
+        limited = torch.cat([net.tilt[:4], net.tilt[4:].clamp_max(0)])
+    assert not octaves[0].any() and torch.equal(8 * octaves, (8 * octaves).round())
+    assert float((octaves[1] - 0.3 * limited).abs().max()) < 0.063
+    assert float((octaves[2] - limited).abs().max()) < 0.063
+    assert (octaves[1:, :4] > 0).any() and (octaves[:, 4:] <= 0).all()
+    assert (net.tilt[4:] > 0).any()
+
+
+@torch.no_grad()
+def quieten(net: TileNetwork) -> None:
+    """Let every other latent be in class 0 at many positions."""
+    for stage in net.stages:
+        stage.scale.bias[::2] = -stage.scale.weight[::2, -1, 0, 0] * 3
+
+
+def noted_searches(net: TileNetwork, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """(levels, classes) of every search that a network is going to make."""
+    found = []
+
+    def search(*arguments: Any, original: Any = net.search) -> Any:
+        answer = original(*arguments)
+        found.append((answer[0], arguments[1]))
+        return answer
+
+    monkeypatch.setattr(net, "search", search)
+    return found
+
+
+@torch.no_grad()
+def test_a_tilt_moves_classes_but_not_those_that_are_not_coded(
+    pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = network_of(pixels, 1).eval()
+    quieten(net)
+    net.stages[0].scale.bias[1] = 20
+    net.tilt[:4] = torch.tensor([1.25, 0.5, 0.75, -1])
+    said: list[Any] = []
+    for stage in net.stages:
+        stage.register_forward_hook(lambda _, __, out: said.append(out[0]))
+    asked = noted_searches(net, monkeypatch)
+    shares, strengths = torch.tensor([0, 0.3, 0.5, 1]), torch.tensor([1, 0.7, 0.5, 0])
+    x, gain = batch_of(pixels[:64, :96]).expand(4, -1, -1, -1), torch.full((4,), 70.0)
+    x_hat, rates = net(x, gain, strengths, None, shares)
+    by = (8 * net.tilted(shares))[:, :, None, None]
+    still = set()
+    for stage, index, (levels, classes) in zip(net.stages, said, asked, strict=True):
+        shift = by[:, stage.first : stage.first + stage.size]
+        moved = torch.where(index > 0, (index + shift).clamp(0, 127), 0)
+        moved = moved * lattice_mask(stage.lattice, 4, 6)
+        assert torch.equal(classes, moved) and not levels[classes == 0].any()
+        still |= {float(s) for s in shift.expand_as(index)[index == 0]}
+        assert torch.equal(classes[0], index[0] * lattice_mask(stage.lattice, 4, 6)[0])
+    assert {10.0, 0.0, -4.0} < still and (asked[0][1] == 127).any()
+    # shares are what strengths leave
+    again, same = net(x, gain, strengths)
+    assert torch.equal(again, x_hat) and torch.equal(same.total, rates.total)
+
+
+def test_gradients_reach_the_tilt(pixels: np.ndarray) -> None:
+    """Finer steps cost bits and save errors."""
+    net = network_of(pixels, 1).train()
+    with torch.no_grad():
+        net.tilt.fill_(-0.25)
+    x = torch.from_numpy(crops(pixels, 4)).float() - 128
+    gain, strength = torch.full((4,), 150.0), torch.zeros(4)
+    x_hat, rates = net(x, gain, strength)
+    (bits,) = torch.autograd.grad(rates.total.sum(), net.tilt, retain_graph=True)
+    (errors,) = torch.autograd.grad(((x_hat - x) ** 2).mean(), net.tilt)
+    assert (bits > 0).float().mean() > 0.9 and (errors < 0).float().mean() > 0.9
+    # tissue for SSIM has none of it, for squared error all
+    for strength, reached in ((1.0, False), (0.0, True)):
+        run = run_of(net, low_share=0.0, strength=(strength, strength))
+        run.one_step([crops(pixels, 2)], 0.0)
+        assert run.net.tilt.grad is not None and bool(run.net.tilt.grad.any()) == reached
+
+
+def test_networks_without_a_tilt_are_started_from_not_resumed(pixels: np.ndarray) -> None:
+    net = network_of(pixels, 1)
+    older = {k: v for k, v in net.state_dict().items() if k != "tilt"}
+    new = network_of(pixels, 99)
+    state, afresh = warm_start(net.settings, older, new.settings, new.state_dict())
+    assert not afresh and state["tilt"].shape == (56,) and not state["tilt"].any()
+    for k, v in older.items():
+        assert torch.equal(v, state[k]), k
+    run = Run(TrainSettings(), net.settings)
+    for weights in ({}, older):  # averaged, and not
+        with pytest.raises(ValueError, match="without a tilt cannot go on"):
+            run.resume({"network": net.settings.to_dict(), "weights": weights, "average": older})
+
+
+def test_models_hold_the_tilt_in_eighths(pixels: np.ndarray) -> None:
+    net = network_of(pixels, 1)
+    with torch.no_grad():
+        net.tilt[:6] = torch.tensor([9, -9, 0.3, -0.3, 0.5, -9])
+    decoder = decoder_file(net, {"name": "tiny"}, net.search.tables, hyper_classes(net))
+    stored = container.parse(decoder).tensors["tilt"]
+    assert stored[:6].tolist() == [32, -32, 2, -2, 0, -32]
+    np.testing.assert_array_equal(stored[6:], 8 * net.tilt.detach().clamp_max(0)[6:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tilt", [0, 8, 16])
+def test_symbols_of_tilted_tiles_are_those_of_training(
+    pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, tilt: int
+) -> None:
+    """Without lattices, whose positions training searches in another order."""
+    stages = ((0, 4, 0), (4, 12, 0), (16, 32, 0), (48, 8, 0))
+    net = network_of(pixels, 1, stages=stages, mean_stages=2).eval()
+    quieten(net)
+    for parameter in net.h_a[2].parameters():  # the hyper-latents of float16 would differ
+        parameter.zero_()
+    header, search = {"name": "tiny"}, net.search
+    first = decoder_file(net, header, search.tables, hyper_classes(net))
+    second = encoder_file(net, header, first, quality_gains(50), 0, 0.0, search.lagrange, 0.0, tilt)
+    decoder, encoder = load_decoder(first), load_encoder(second)
+    assert encoder.tilt == tilt
+    asked = noted_searches(net, monkeypatch)
+    image, shape = np.ascontiguousarray(pixels[:96, :128]), CellShape(96, 128)
+    share = torch.tensor([tilt / 16])
+    for gain in (60, 110):
+        asked.clear()
+        index = torch.tensor([float(gain)])
+        x_hat, _ = net(batch_of(image), index, torch.zeros(1), None, share)
+        coded = quantise_cell(image, shape, decoder, encoder, gain, 4, usual_search(encoder))
+        assert not coded[0][0].any()
+        for theirs, ours in zip(asked, coded[1:], strict=True):
+            # float32 may decide a tie otherwise, which contexts of later stages see
+            for a, b, few in zip(theirs, ours, (0.1, 0.02), strict=True):
+                apart = np.count_nonzero(a[0].numpy().reshape(b.shape) != b)
+                assert apart <= few * np.count_nonzero(b)
+            classes = ours[1]
+            assert classes.any() and (not classes.all() or gain > 60)
+        ours = decode_tile(encode_tile(image, decoder, encoder, gain), decoder).astype(float)
+        theirs = np.clip(x_hat[0].numpy().transpose(1, 2, 0) + 128, 0, 255)
+        assert (np.abs(ours - theirs) < 0.6).mean() > 0.99  # 0.5 is rounding
+
+
 # -- precision --
 
 
@@ -660,28 +798,26 @@ def test_integer_networks_are_the_same_under_autocast(pixels: np.ndarray) -> Non
         assert torch.equal(index, index.round()) and (index.std() > 0.5)
 
 
-def test_bfloat16_is_for_the_float_networks_alone(
+def test_bfloat16_is_for_the_float_network_alone(
     pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Analysis and hyper-analysis differ by rounding; given the same latents and hyper-latents,
-    symbols, rates and pixels do not."""
+    """Hyper-analysis differs by rounding; latents do not, nor, given the same hyper-latents, do
+    symbols, rates and pixels."""
     net = network_of(pixels, 1).eval()
     before = outputs(net, pixels)
     with torch.autocast("cpu", torch.bfloat16):
         np.testing.assert_array_equal(outputs(net, pixels)[0], before[0])
     seen: list[Any] = []
     kinds = []
-    for name in ("analysis", "h_a"):
-        module = net.get_submodule(name)
-        module.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
+    net.h_a.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
     analyse, hyper = net.analyse, net.h_a.forward
+    latents, _ = analyse(batch_of(pixels[:96, :128]))
     monkeypatch.setattr(net, "analyse", lambda *a: seen.append(analyse(*a)) or seen[-1])
     monkeypatch.setattr(net.h_a, "forward", lambda *a: seen.append(hyper(*a)) or seen[-1])
     net.float_type = torch.bfloat16
     rough = outputs(net, pixels)
-    assert kinds == [torch.bfloat16] * 2 and seen[0].dtype == torch.float32
+    assert kinds == [torch.bfloat16] and torch.equal(seen[0][0], latents)
     np.testing.assert_allclose(rough[1], before[1], rtol=0.02)
-    monkeypatch.setattr(net, "analyse", lambda *a: seen[0])
     monkeypatch.setattr(net.h_a, "forward", lambda *a: seen[1])
     net.float_type = torch.float32
     for a, b in zip(outputs(net, pixels), rough, strict=True):
@@ -794,6 +930,33 @@ def test_averages_of_checkpoints_go_on(pixels: np.ndarray) -> None:
     other.one_step([crops(pixels, 2)], 0.0)
 
 
+OLDER_SETTINGS = {"analysis": 8, "analysis_layers": 1, "analysis_channels": 24}
+"""Of checkpoints and models with an analysis network."""
+
+
+def test_checkpoints_with_an_analysis_network_are_started_from_not_resumed(
+    pixels: np.ndarray,
+) -> None:
+    net = network_of(pixels, 1)
+    settings = net.settings.to_dict() | OLDER_SETTINGS
+    assert NetworkSettings.from_dict(settings) == net.settings
+    with pytest.raises(ValueError, match=r"unknown network settings: \['analysed'\]"):
+        NetworkSettings.from_dict(settings | {"analysed": 8})
+    older = net.state_dict() | {
+        "analysis.0.weight": torch.ones(8, 25, 1, 1),
+        "analysis_out.weight": torch.ones(24, 8, 1, 1),
+    }
+    new = network_of(pixels, 99)
+    state, afresh = warm_start(net.settings, older, new.settings, new.state_dict())
+    assert not afresh and state.keys() == net.state_dict().keys()
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, state[k]), k
+    run = Run(TrainSettings(), net.settings)
+    for weights in ({}, older):  # averaged, and not
+        with pytest.raises(ValueError, match="with an analysis network cannot go on"):
+            run.resume({"network": settings, "weights": weights, "average": older})
+
+
 def test_batches_with_outlying_gradients_are_skipped(pixels: np.ndarray) -> None:
     run = run_of(network_of(pixels, 1), low_share=1.0)
     run.norms["low"] = [1e-6] * 9
@@ -810,7 +973,8 @@ def test_batches_with_outlying_gradients_are_skipped(pixels: np.ndarray) -> None
 
 
 def test_some_low_rates_are_coded_with_the_last_stage(pixels: np.ndarray) -> None:
-    """... from the gain on at which encoders may; what low rates leave out gets no gradient."""
+    """... from the gain on at which encoders may, the others up to one; what low rates leave out
+    gets no gradient."""
     net = network_of(pixels, 1)
     run = run_of(net, low_share=0.7, finest_share=0.3)
     drawn = []
@@ -821,8 +985,11 @@ def test_some_low_rates_are_coded_with_the_last_stage(pixels: np.ndarray) -> Non
     gains = np.array([d[2] for d in drawn])
     assert low.mean() == pytest.approx(0.7, abs=0.04)
     assert finest[low].mean() == pytest.approx(0.3, abs=0.04) and finest[~low].all()
-    assert gains[low & finest].min() == run.settings.finest_gain
-    assert (gains[low & ~finest].min(), gains[low].max()) == run.settings.low_gain
+    lowest, highest = run.settings.low_gain
+    at = gains[low & finest]
+    assert (at.min(), at.max()) == (run.settings.finest_gain, highest)
+    at = gains[low & ~finest]
+    assert (at.min(), at.max()) == (lowest, run.settings.coarse_gain)
     assert (gains[~low].min(), gains[~low].max()) == run.settings.high_gain
     for share in (0.0, 1.0):
         run = run_of(net, low_share=1.0, finest_share=share)
@@ -833,7 +1000,7 @@ def test_some_low_rates_are_coded_with_the_last_stage(pixels: np.ndarray) -> Non
 
 def test_networks_train_without_turns(pixels: np.ndarray) -> None:
     run = run_of(network_of(pixels, 1, turned=False), low_share=0.0)
-    _, turns = run.net.linear_latents(batch_of(pixels[:64, :64]))
+    _, turns = run.net.analyse(batch_of(pixels[:64, :64]))
     assert torch.equal(turns, torch.eye(3)[None])
     before = {k: v.clone() for k, v in run.net.named_parameters()}
     assert np.isfinite(run.one_step([crops(pixels, 2)], 0.0)["loss"])
@@ -897,6 +1064,7 @@ def test_training_resumes_and_exports(
     rows = [json.loads(s) for s in out.with_suffix(".jsonl").read_text().splitlines()]
     assert rows and all(r["images_per_second"] > 0 and 0 <= r["waiting"] < 1 for r in rows)
     assert {p.name for p in models.iterdir()} == {"net.wscm", "net.encoder.wscm"}
+    assert load_encoder((models / "net.encoder.wscm").read_bytes()).tilt == 8
     begun = tmp_path / "begun.pt"
     model = ["--start-from", str(models / "net.wscm")]
     training.main([*common, *model, "--out", str(begun), "--minutes", "0.01"])
@@ -922,6 +1090,9 @@ def test_a_new_network_begins_with_what_the_images_look_like(
     assert asked == [False, True] and capsys.readouterr().out == ""
     assert (net.deviation.diff() <= 0).all() and int(net.order[0]) == 0
     assert net.order.unique().numel() == 56 and net.order.dtype == torch.int64
+    luma = (net.order < 256) & (torch.arange(56) >= 4)  # of all stages but the first
+    assert luma.any() and not luma[4:].all()
+    assert torch.equal(net.tilt.detach(), torch.where(luma, -0.5, 0.0))
     tiny = saved(network_of(pixels, 1), tmp_path / "tiny.pt")
     training.begin(net, sampler, 0.75, str(tiny))
     assert "afresh: nothing" in capsys.readouterr().out
@@ -980,14 +1151,14 @@ def test_sigterm_leaves_a_checkpoint(pixels: np.ndarray, folder: Path, tmp_path:
     assert state["elapsed"] > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"lapped": True}, {"analysis_channels": 56}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"lapped": True}, {"context_channels": 16}], ids=str)
 def test_model_files_hold_the_network(pixels: np.ndarray, changes: dict[str, Any]) -> None:
     net = network_of(pixels, 1, **changes)
     n = net.settings
     header = {"name": "tiny", "trained": {"steps": 3, "minutes": 1.5}}
     classes = hyper_classes(net)
     decoder = decoder_file(net, header, net.search.tables, classes)
-    encoder = encoder_file(net, header, decoder, quality_gains(50), 130, 0.7, 9.0, 0.4)
+    encoder = encoder_file(net, header, decoder, quality_gains(50), 130, 0.7, 9.0, 0.4, 8)
     state = state_of_model(decoder, encoder)
     assert (state["step"], state["elapsed"]) == (3, 1.5)
     again = TileNetwork(NetworkSettings.from_dict(state["network"]))
@@ -998,40 +1169,49 @@ def test_model_files_hold_the_network(pixels: np.ndarray, changes: dict[str, Any
                 for x, y in zip(a.quantised()[:2], b.quantised()[:2], strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=0)
     (x, bits), (x_again, bits_again) = outputs(net, pixels), outputs(again, pixels)
-    assert np.abs(x - x_again).mean() < 0.1  # of a step of 6: the analysis travels in float16
+    assert np.abs(x - x_again).mean() < 0.1  # of a step of 6: h_a travels in float16
     np.testing.assert_allclose(bits, bits_again, rtol=0.01)
+    shares = torch.arange(17) / 16
+    assert torch.equal(again.tilted(shares), net.tilted(shares))
     for name in ("order", "colours", "mean", "border"):
         torch.testing.assert_close(getattr(again, name), getattr(net, name), rtol=0, atol=1e-6)
-    seen = max(n.context_channels, n.analysis_channels)  # by some network
+    seen = n.context_channels
     torch.testing.assert_close(again.deviation[:seen], net.deviation[:seen], rtol=1e-5, atol=0)
+    file = container.parse(encoder)
+    older_header = {**file.header, "corrected": 24, "network": n.to_dict() | OLDER_SETTINGS}
+    graphs = {"analysis": file.graphs["hyper_analysis"], **file.graphs}
+    older_state = state_of_model(decoder, container.pack(older_header, graphs, file.tensors))
+    assert older_state["network"] == state["network"]
+    for k, v in older_state["average"].items():
+        assert torch.equal(v, state["average"][k]), k
     with pytest.raises(ValueError, match="not a decoder and its encoder"):
         state_of_model(decoder[:-1] + bytes([decoder[-1] ^ 1]), encoder)
     file = container.parse(decoder)
-    tensors = {k: v for k, v in file.tensors.items() if k != "order"}
-    older = container.pack(file.header, file.graphs, tensors)
-    encoder = encoder_file(net, header, older, quality_gains(50), 130, 0.7, 9.0, 0.4)
+
+    def without(name: str) -> tuple[bytes, bytes]:
+        tensors = {k: v for k, v in file.tensors.items() if k != name}
+        older = container.pack(file.header, file.graphs, tensors)
+        gains = quality_gains(50)
+        return older, encoder_file(net, header, older, gains, 130, 0.7, 9.0, 0.4, 8)
+
+    assert not state_of_model(*without("tilt"))["average"]["tilt"].any()
     with pytest.raises(ValueError, match="no tensor 'order'"):
-        state_of_model(older, encoder)
+        state_of_model(*without("order"))
 
 
 @torch.no_grad()
-def test_graphs_of_encoders_and_of_the_chain_give_what_the_network_gives(
+def test_graphs_of_the_encoder_and_of_the_chain_give_what_the_network_gives(
     pixels: np.ndarray,
 ) -> None:
     """Up to weights in float16; the chain to the bit."""
     ort = pytest.importorskip("onnxruntime")
     net = network_of(pixels, 1).eval()
     run = lambda graph, **x: ort.InferenceSession(graph).run(None, x)[0]  # noqa: E731
-    gain = torch.tensor([90.0])
-    linear, _ = net.linear_latents(batch_of(pixels[:96, :128]))
+    y, _ = net.analyse(batch_of(pixels[:96, :128]))
     plane = np.full((1, 1, 6, 8), 90, np.float32)
-    ours = run(analysis_graph(net), linear=linear[:, :24].numpy(), plane=plane)
-    y = net.analyse(linear, gain)
-    theirs = ((y - linear) * gain_of(gain))[:, :24].numpy()
-    assert ours.shape == theirs.shape and theirs.std() > 0.05
-    np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.std() + 1e-3)
     ours = run(hyper_analysis_graph(net), y=y[:, :48].numpy(), plane=plane)
     theirs = 4 * net.h_a(net.hyper_input(y, torch.from_numpy(plane / 32))).numpy()
+    assert ours.shape == theirs.shape and theirs.std() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=0.02)
     rng = np.random.default_rng(0)
     context = rng.integers(1, 256, (1, 49, 5, 6)).astype(np.uint8)
@@ -1042,25 +1222,27 @@ def test_graphs_of_encoders_and_of_the_chain_give_what_the_network_gives(
 
 
 @pytest.mark.parametrize(
-    ("lapped", "is_turned"), [(True, True), (True, False), (False, True)], ids=str
+    ("lapped", "is_turned", "tilt"), [(True, True, 8), (True, False, 16), (False, True, 0)], ids=str
 )
 def test_exported_networks_code_as_they_were_trained(
-    pixels: np.ndarray, lapped: bool, is_turned: bool
+    pixels: np.ndarray, lapped: bool, is_turned: bool, tilt: int
 ) -> None:
     """About the same pixels at about the same size, and exactly the same turn."""
     net = network_of(pixels, 1, **{**ALL, "lapped": lapped, "turned": is_turned}).eval()
     header = {"name": "tiny"}
     first = decoder_file(net, header, net.search.tables, hyper_classes(net))
-    second = encoder_file(net, header, first, quality_gains(50), 0, 0.7, net.search.lagrange, 0.0)
+    second = encoder_file(
+        net, header, first, quality_gains(50), 0, 0.7, net.search.lagrange, 0.0, tilt
+    )
     decoder, encoder = load_decoder(first), load_encoder(second)
     image = np.ascontiguousarray(pixels[:96, :128])
     for gain in (150, 230):
         tile = encode_tile(image, decoder, encoder, gain)
         assert tile.learned is not None and tile.learned.stages == 5
-        index = torch.tensor([float(gain)])
+        index, share = torch.tensor([float(gain)]), torch.tensor([tilt / 16])
         with torch.no_grad():
-            _, turns = net.linear_latents(batch_of(image))
-            x_hat, rates = net(batch_of(image), index, torch.tensor([0.7]))
+            _, turns = net.analyse(batch_of(image))
+            x_hat, rates = net(batch_of(image), index, torch.tensor([0.7]), None, share)
         turn = struct.unpack("3b", tile.payload[:3])
         assert any(turn) == is_turned
         np.testing.assert_allclose(rotation(turn), turns[0], atol=1e-6)

@@ -29,7 +29,6 @@ def model() -> DecoderModel:
     return decoder_of_prefix(bytes.fromhex(record.digest)[:4])
 
 
-@settings(deadline=None)
 @given(turns)
 def test_a_rotation_is_one(turn: tuple[int, int, int]) -> None:
     matrix = rotation(turn)
@@ -53,7 +52,7 @@ def bits(covariance: np.ndarray, turn: tuple[int, int, int], step: float) -> flo
     return float(np.log2(1 + left / (0.2 * step**2)).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns, st.integers(0, 1000))
 def test_the_best_turn_is_none_that_is_worse(turn: tuple[int, int, int], seed: int) -> None:
     spread = 10.0 ** np.random.default_rng(seed).uniform(0, 4, (60, 3))
@@ -68,7 +67,7 @@ def test_the_best_turn_is_none_that_is_worse(turn: tuple[int, int, int], seed: i
             assert bits(covariance, tuple(near), 18.0) >= bits(covariance, best, 18.0) - 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(*[st.integers(-40, 40)] * 3), st.integers(0, 1000))
 def test_the_best_turn_takes_stains_apart(turn: tuple[int, int, int], seed: int) -> None:
     """Planes as tissue has them, luma far ahead, are found again after a turn."""
@@ -108,7 +107,7 @@ def test_the_border_matrix_is_the_formats_formula(model: DecoderModel) -> None:
     assert np.allclose(there @ border_matrix(model.lapping), np.eye(16), atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 70), st.integers(1, 70), turns, st.integers(0, 99))
 def test_pixels_come_back(
     model: DecoderModel, height: int, width: int, turn: tuple[int, int, int], seed: int

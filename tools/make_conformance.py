@@ -7,10 +7,11 @@ run it; it writes those that are missing (``--check`` only lists them).
     tests/conformance/tiny.wscm, tiny.encoder.wscm   a small frozen model, of no use for pictures
     tests/conformance/smallest.wscm                  a model with the least of everything
     tests/conformance/lapped.wscm                    a small model of lapped blocks
+    tests/conformance/tilted.wscm                    a small model with a tilt
     tests/conformance/decode/NAME.tile, NAME.png     must decode to these pixels, within tolerance
-    tests/conformance/decode/smallest/..., lapped/...  the same, of those models
+    tests/conformance/decode/{smallest,lapped,tilted}/...  the same, of those models
     tests/conformance/decode/symbols.json            ... and to exactly these symbols
-    tests/conformance/encode/NAME.json, lapped/...   must encode to exactly these bytes
+    tests/conformance/encode/NAME.json, {lapped,tilted}/...  must encode to exactly these bytes
     tests/conformance/refuse/NAME.tile, errors.json  must be refused, by these errors
     tests/conformance/refuse/NAME.wscm               models that must be refused
 
@@ -239,18 +240,8 @@ def tiny_decoder() -> bytes:
 
 
 def tiny_encoder(decoder: bytes) -> bytes:
-    """An encoder model for it: a random correction, hyper-latents from two averages."""
-    rng = np.random.default_rng(SEED + 1)
+    """An encoder model for it: hyper-latents from two averages."""
     _, deviation = cosine_order()
-    a = GraphBuilder("analysis", "Floor")
-    scaled = a.add("Mul", "linear", a.constant(np.full((1, 1, 1, 1), 1e-4, np.float32), "scale"))
-    weight = a.constant((0.1 * rng.standard_normal((4, 4, 1, 1))).astype(np.float32), "w")
-    bias = a.constant(np.zeros(4, np.float32), "b")
-    a.add("Conv", scaled, weight, bias, kernel_shape=[1, 1], output="correction")
-    analysis = a.finish(
-        {"linear": (FLOAT, grid(4)), "plane": (FLOAT, grid(1))},
-        {"correction": (FLOAT, grid(4))},
-    )
     h = GraphBuilder("hyper_analysis", "Floor")
     scale = (1 / deviation[:CONTEXT]).reshape(1, -1, 1, 1).astype(np.float32)
     x = h.add("Concat", h.add("Mul", "y", h.constant(scale, "scale")), "plane", axis=1)
@@ -267,12 +258,11 @@ def tiny_encoder(decoder: bytes) -> bytes:
         {
             "kind": "encoder",
             "decoder": hashlib.sha256(decoder).hexdigest(),
-            "corrected": 4,
             "turned": True,
             "step_strength": 0.5,
             "lagrange": 6.0,
         },
-        {"analysis": analysis, "hyper_analysis": hyper_analysis},
+        {"hyper_analysis": hyper_analysis},
         {
             "quality_gain": np.round(np.linspace(8, 236, 100)).astype(np.uint8),
             "stage_gain": np.array([0, 0, 0, 0, 0, 0, 0, 40], np.uint8),
@@ -391,6 +381,9 @@ def broken_models() -> dict[str, bytes]:
         changed[row] = values
         return tables(radii, changed)
 
+    def tilted(*tilt: int, kind: type = np.int8) -> bytes:
+        return smallest_decoder(tilt=np.array(tilt, kind))
+
     def times(count: int) -> bytes:
         which = np.arange(count) % len(radii)
         return tables(radii[which], cdf[which])
@@ -425,6 +418,14 @@ def broken_models() -> dict[str, bytes]:
         ),
         "model-correction-signed": smallest_decoder(INT8),
         "model-correction-of-two-channels": smallest_decoder(corrected=2),
+        "model-tilt-33": tilted(33),
+        "model-tilt-minus-33": tilted(-33),
+        "model-tilt-minus-128": tilted(-128),  # its magnitude is no int8
+        "model-tilt-of-no-channel": tilted(),
+        "model-tilt-of-two-channels": tilted(8, 8),
+        "model-tilt-flat": smallest_decoder(tilt=np.array(8, np.int8)),
+        "model-tilt-uint8": tilted(8, kind=np.uint8),
+        "model-tilt-int32": tilted(8, kind=np.int32),
     }
 
 
@@ -534,6 +535,99 @@ def broken_transforms(file: bytes) -> dict[str, bytes]:
         "model-lapping-flat": other(lapping=good["lapping"].reshape(64)),
         "model-lapping-float16": other(lapping=rolled.astype(np.float16)),
     }
+
+
+# ------------------------------------------------------------------------------------ tilted model
+
+TILTED_STAGES = ((0, 6, 1), (0, 6, 2), (0, 6, 3), (6, 6, 0), (12, 6, 0))
+TILTED_MEAN_STAGES, TILTED_CONTEXT = 3, 12
+# one row to the channel: tilt, mean and context factor, inverse gain; of the class its weights for
+# the surroundings and for the gain, in 32nds, and what is added. The tilt takes some factors to
+# either bound and leaves some so small that their rounding shows, and classes to 0 and to 127
+TILTED_CHANNELS = (
+    (32, 700001, 5, 0.08, 2, 7, 12),
+    (-32, 3, 40000, 1.5, 1, 2, 22),
+    (11, 41, 2**19 + 1, 2.0, 1, 0, 6),
+    (-21, 25, 2**18 + 3, 1.1, 2, 2, 14),
+    (27, 1001, 2**14 + 5, 0.9, -2, 8, 0),
+    (0, 307, 2**17 + 7, 1.2, 1, 4, -8),
+    (-32, 0, 300001, 3.0, 2, 1, 22),
+    (32, 0, 3, 0.02, 1, 10, 14),
+    (-8, 0, 9, 0.04, 2, 8, 10),
+    (5, 0, 60, 0.5, -6, 8, -2),
+    (-29, 0, 2**15 + 9, 0.8, 1, 5, 2),
+    (19, 0, 13, 0.01, 2, 4, 70),
+    (17, 0, 0, 0.03, 1, 12, 12),
+    (-32, 0, 0, 1.3, 2, 3, 16),
+    (32, 0, 0, 2.5, -5, 5, -6),
+    (-1, 0, 0, 0.7, 2, 4, -4),
+    (0, 0, 0, 1.1, -3, 5, 0),
+    (-13, 0, 0, 0.6, 1, 4, 2),
+)
+
+
+def tilted_stage(rng: np.random.Generator, k: int) -> bytes:
+    """Classes and means of random weights for what was decoded before."""
+    first, count, _ = TILTED_STAGES[k]
+    rows = np.array(TILTED_CHANNELS[first : first + count])
+    seen = min(max((a + n for a, n, _ in TILTED_STAGES[:k]), default=0), TILTED_CONTEXT)
+    s = GraphBuilder(f"stage{k}")
+    inputs = {"h": (FLOAT, grid(1)), "plane": (FLOAT, grid(1))}
+    layer = np.full((1, 1, 3, 3), 2), np.array([40]), np.array([4])
+    parts = [s.integer_conv("h", layer, (0, 255)), "plane"]
+    if k:
+        inputs["context"] = (FLOAT, grid(seen))
+        parts += ["context", s.add("Abs", "context")]
+    x = s.add("Concat", *parts, axis=1)
+    shift = np.full(count, 5)
+    weight = np.zeros((count, 2 + (2 * seen if k else 0), 1, 1), np.int64)
+    weight[:, :2, 0, 0] = rows[:, 4:6]
+    weight[:, 2 : 2 + seen, 0, 0] = rng.integers(-1, 2, (count, seen))
+    weight[:, 2 + seen :, 0, 0] = rng.integers(-2, 3, weight[:, 2 + seen :, 0, 0].shape)
+    bias = np.round(rows[:, 6] * 32).astype(np.int64)
+    s.integer_conv(x, (weight, bias, shift), (0, 127), cast=UINT8, output="class")
+    outputs = {"class": (UINT8, grid(count))}
+    if k < TILTED_MEAN_STAGES:
+        weight, bias, shift = random_layer(rng, (count, weight.shape[1], 1), 40, np.full(count, 4))
+        shift[0] = 8  # its factor is large
+        layer = weight, bias + rng.integers(-2000, 2001, count), shift
+        s.integer_conv(x, layer, (-1023, 1023), cast=INT16, output="mean")
+        outputs["mean"] = (INT16, grid(count))
+    return s.finish(inputs, outputs)
+
+
+def tilted_decoder() -> bytes:
+    """Eighteen channels, with means and without, inside the context and outside, and a tilt that
+    takes them all over its range."""
+    rng = np.random.default_rng(SEED + 4)
+    order, _ = cosine_order()
+    smallest = container.parse(smallest_decoder())
+    architecture = {
+        **smallest.header["architecture"],
+        "stages": [list(stage) for stage in TILTED_STAGES],
+        "mean_stages": TILTED_MEAN_STAGES,
+        "context_channels": TILTED_CONTEXT,
+    }
+    tilt, mean, context, inverse_gain = np.array(TILTED_CHANNELS).T[:4]
+    means = TILTED_STAGES[TILTED_MEAN_STAGES][0]
+    graphs = smallest_graphs(stages=TILTED_STAGES, contexts=TILTED_CONTEXT)
+    for k in range(len(TILTED_STAGES)):
+        graphs[f"stage{k}"] = tilted_stage(rng, k)
+    tensors = {
+        "z_classes": np.full((256, 1), 40, np.uint8),
+        "mean_factor": mean[:means].astype(np.int32),
+        "context_factor": context[:TILTED_CONTEXT].astype(np.int32),
+        "inverse_gain": inverse_gain.astype(np.float32),
+        "tilt": tilt.astype(np.int8),
+        "order": order[: len(tilt)].astype(np.uint16),
+        "colours": COLOURS.astype(np.float32),
+        "mean": np.array([80, 32, 68], np.float32),
+    }
+    return container.pack(
+        {**smallest.header, "name": "tilted", "architecture": architecture},
+        graphs,
+        {**smallest.tensors, **tensors},
+    )
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -728,7 +822,8 @@ Turn = tuple[int, int, int]
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """A learned tile to write. picture: seed of ``tissue``, or of ``glass`` where that is set, or
-    None for random symbols. turns: of its cells, the last one of all that follow, too."""
+    None for random symbols. turns: of its cells, the last one of all that follow, too. tilt: 0 is
+    not written."""
 
     height: int
     width: int
@@ -739,6 +834,12 @@ class Learned:
     seed: int = 0
     glass: bool = False
     turns: tuple[Turn, ...] = ((0, 0, 0),)
+    tilt: int = 0
+
+    @property
+    def overhead(self) -> int:
+        """Bytes before the payload."""
+        return 25 if self.tilt else 24
 
     def cells(self) -> list[tuple[int, int, Turn]]:
         """(top, left, turn) of every cell."""
@@ -750,7 +851,7 @@ class Learned:
         return b"".join(struct.pack("<3b", *turn) for _, _, turn in self.cells())
 
     def steps(self, file: bytes) -> list[Symbol]:
-        model = second.read_model(file)
+        model = second.tilted(second.read_model(file), self.tilt)
         draw = glass if self.glass else tissue
         image = None if self.picture is None else draw(self.height, self.width, self.picture)
         steps: list[Symbol] = []
@@ -767,14 +868,16 @@ class Learned:
         return steps
 
     def tile(self, file: bytes, stream: bytes | None = None, **header: Any) -> bytes:
-        """The tile's bytes, with another entropy-coded stream, other bytes of turns or other
-        header fields where given."""
+        """The tile's bytes, with another entropy-coded stream, other bytes of tilt or turns or
+        other header fields where given."""
         if stream is None:
             stream = encode_symbols(self.steps(file), self.lanes)
         digest = header.pop("digest", hashlib.sha256(file).digest()[:4])
-        packed = header.pop("packed", self.stages | self.lanes.bit_length() - 1 << 4)
+        packed = self.stages | self.lanes.bit_length() - 1 << 4 | (0x80 if self.tilt else 0)
+        packed = header.pop("packed", packed)
+        tilt = header.pop("tilt", bytes([self.tilt] if self.tilt else []))
         turns = header.pop("turns", self.turn_bytes())
-        body = digest + bytes([self.gain, packed]) + turns + stream
+        body = digest + bytes([self.gain, packed]) + tilt + turns + stream
         return tile(1, self.height, self.width, body, **header)
 
 
@@ -871,6 +974,10 @@ LEARNED = {
     "learned-32x32-gain140-turned-a": Learned(32, 32, 140, picture=33, turns=((90, 0, 0),)),
     "learned-32x32-gain140-turned-b": Learned(32, 32, 140, picture=33, turns=((0, -77, 0),)),
     "learned-32x32-gain140-turned-c": Learned(32, 32, 140, picture=33, turns=((0, 0, 45),)),
+    # the model has no tilt, which is one of zeros
+    "learned-31x33-gain130-tilt9-turned": Learned(
+        31, 33, 130, picture=34, turns=((5, 1, 9),), tilt=9
+    ),
 }
 SMALLEST = {  # of the smallest model
     "smallest/1x1-gain0": Learned(1, 1, 0, 1, 1, seed=30),
@@ -901,8 +1008,32 @@ LAPPED = {  # of the lapped model; no symbols far out: the filter would spread t
     ),
 }  # fmt: skip
 
+TILTED = {  # of the tilted model
+    "tilted/1x1-gain90-tilt16": Learned(1, 1, 90, 5, picture=70, tilt=16),
+    "tilted/17x33-gain140-tilt7": Learned(17, 33, 140, 5, picture=71, tilt=7),
+    "tilted/33x17-gain100-stages4-lanes1-tilt8-turned": Learned(
+        33, 17, 100, 4, 1, picture=72, turns=((-128, 64, 127),), tilt=8
+    ),
+    "tilted/40x72-gain60-lanes2-tilt15-turned": Learned(
+        40, 72, 60, 5, 2, picture=73, turns=((-70, 20, 30),), tilt=15
+    ),
+    "tilted/40x72-gain200-tilt16": Learned(40, 72, 200, 5, picture=74, tilt=16),
+    "tilted/40x72-gain200": Learned(40, 72, 200, 5, picture=74),
+    "tilted/65x49-gain128-lanes8-tilt1-random": Learned(65, 49, 128, 5, 8, seed=75, tilt=1),
+    "tilted/49x65-gain180-tilt7-random": Learned(49, 65, 180, 5, seed=76, tilt=7),
+    "tilted/80x48-gain20-lanes32-tilt8-random-turned": Learned(
+        80, 48, 20, 5, 32, seed=77, turns=((5, -6, 7),), tilt=8
+    ),
+    "tilted/49x81-gain230-lanes16-tilt15-random": Learned(49, 81, 230, 5, 16, seed=78, tilt=15),
+    "tilted/72x40-gain255-lanes1-tilt16-random": Learned(72, 40, 255, 5, 1, seed=79, tilt=16),
+    "tilted/529x23-gain160-tilt16-random-turned": Learned(
+        529, 23, 160, 5, seed=80, turns=((1, 2, 3), (-90, 60, 30)), tilt=16
+    ),
+    "tilted/40x40-gain150-random": Learned(40, 40, 150, 5, seed=81),
+}  # fmt: skip
 
-def decode_vectors(file: bytes, smallest: bytes, lapped: bytes) -> dict[str, bytes]:
+
+def decode_vectors(file: bytes, smallest: bytes, lapped: bytes, tilted: bytes) -> dict[str, bytes]:
     tiles = {
         "constant-1x1": tile(0, 1, 1, bytes([1, 2, 3])),
         "constant-64x48": tile(0, 48, 64, bytes([243, 238, 245])),  # the document's example
@@ -916,6 +1047,8 @@ def decode_vectors(file: bytes, smallest: bytes, lapped: bytes) -> dict[str, byt
         tiles[name] = learned.tile(smallest)
     for name, learned in LAPPED.items():
         tiles[name] = learned.tile(lapped)
+    for name, learned in TILTED.items():
+        tiles[name] = learned.tile(tilted)
     return tiles
 
 
@@ -1003,12 +1136,13 @@ def tile_vector(data: bytes, payload: bytes, learned: Learned | None = None) -> 
             "stages": learned.stages,
             "lanes_log2": learned.lanes.bit_length() - 1,
         }
+        if learned.tilt:
+            fields["learned"]["tilt"] = learned.tilt
     return {"kind": "tile", **fields, "payload": payload.hex(), "tile": data.hex()}
 
 
-def lapped_encode_vectors(file: bytes) -> dict[str, Any]:
-    """All symbols of a lapped model's tile to its stream, and turn and stream to the tile."""
-    learned = LAPPED["lapped/40x72-gain60-lanes2-turned"]
+def whole_encode_vectors(folder: str, learned: Learned, file: bytes) -> dict[str, Any]:
+    """All symbols of a tile to its stream, and turn and stream to the tile."""
     data = learned.tile(file)
     (cell,) = second.decode(data, [file]).cells
     classes = np.broadcast_to(second.read_model(file).z_classes[learned.gain], cell.z.shape[::-1])
@@ -1019,9 +1153,10 @@ def lapped_encode_vectors(file: bytes) -> dict[str, Any]:
         {key: v.reshape(-1).tolist() if key != "dependent" else v for key, v in array.items()}
         for array in arrays
     ]
-    stream = data[24 + len(learned.turn_bytes()) :]
+    payload = data[learned.overhead :]
+    stream = payload[len(learned.turn_bytes()) :]
     coder = {"kind": "coder", "lanes": learned.lanes, "arrays": entries, "payload": stream.hex()}
-    return {"lapped/coder": coder, "lapped/tile": tile_vector(data, data[24:], learned)}
+    return {f"{folder}/coder": coder, f"{folder}/tile": tile_vector(data, payload, learned)}
 
 
 def bare(model: second.Model, base: Learned, values: list[int], classes: list[int]) -> list[Symbol]:
@@ -1112,7 +1247,9 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
         "constant-length-2": (form, tile(0, 3, 5, colour[:2])),
         "constant-length-4": (form, tile(0, 3, 5, colour + b"\0")),
         "learned-header-cut": (form, tile(1, 16, 16, hashlib.sha256(file).digest()[:4] + b"\x5a")),
-        "reserved-bit": (unsupported, learned.tile(file, payload, packed=0x80 | 0x28)),
+        "tilt-0": (form, learned.tile(file, payload, packed=0xA8, tilt=b"\0")),
+        "tilt-17": (form, learned.tile(file, payload, packed=0xA8, tilt=b"\x11")),
+        "no-room-for-tilt": (form, learned.tile(file, b"", packed=0xA8, turns=b"")),
         "stages-0": (form, learned.tile(file, payload, packed=0x20)),
         "stages-beyond-model": (form, learned.tile(file, payload, packed=0x29)),
         "lanes-64": (form, learned.tile(file, payload, packed=0x68)),
@@ -1196,28 +1333,36 @@ def all_files() -> dict[Path, bytes]:
     """Every file by path. Existing models are read, never made anew: tiles depend on them."""
     import imagecodecs
 
-    path = FOLDER / "tiny.wscm"
-    file = path.read_bytes() if path.exists() else tiny_decoder()
-    path = FOLDER / "tiny.encoder.wscm"
-    encoder = path.read_bytes() if path.exists() else tiny_encoder(file)
-    path = FOLDER / "smallest.wscm"
-    smallest = path.read_bytes() if path.exists() else smallest_decoder()
-    path = FOLDER / "lapped.wscm"
-    lapped = path.read_bytes() if path.exists() else lapped_decoder()
+    def model(name: str, make: Callable[[], bytes]) -> bytes:
+        path = FOLDER / f"{name}.wscm"
+        return path.read_bytes() if path.exists() else make()
+
+    file = model("tiny", tiny_decoder)
+    encoder = model("tiny.encoder", lambda: tiny_encoder(file))
+    smallest = model("smallest", smallest_decoder)
+    lapped = model("lapped", lapped_decoder)
+    tilted = model("tilted", tilted_decoder)
     files = {
         FOLDER / "tiny.wscm": file,
         FOLDER / "tiny.encoder.wscm": encoder,
         FOLDER / "smallest.wscm": smallest,
         FOLDER / "lapped.wscm": lapped,
+        FOLDER / "tilted.wscm": tilted,
     }
     symbols = {}
-    for name, data in decode_vectors(file, smallest, lapped).items():
-        decoded = second.decode(data, [file, smallest, lapped])
+    for name, data in decode_vectors(file, smallest, lapped, tilted).items():
+        decoded = second.decode(data, [file, smallest, lapped, tilted])
         files[FOLDER / "decode" / f"{name}.tile"] = data
         files[FOLDER / "decode" / f"{name}.png"] = imagecodecs.png_encode(decoded.pixels)
         if decoded.mode == "learned":
             symbols[name] = symbols_digest(decoded.cells)
-    for name, vector in (encode_vectors(file) | lapped_encode_vectors(lapped)).items():
+    encoded = encode_vectors(file)
+    for folder, whole, of in (
+        ("lapped", LAPPED["lapped/40x72-gain60-lanes2-turned"], lapped),
+        ("tilted", TILTED["tilted/40x72-gain60-lanes2-tilt15-turned"], tilted),
+    ):
+        encoded |= whole_encode_vectors(folder, whole, of)
+    for name, vector in encoded.items():
         files[FOLDER / "encode" / f"{name}.json"] = (json.dumps(vector) + "\n").encode()
     refused = refuse_vectors(file)
     for name, (_, data) in refused.items():

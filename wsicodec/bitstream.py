@@ -25,9 +25,11 @@ MAX_PAYLOAD = 2**28
 HEADER_BYTES = 18
 LEARNED_BYTES = 6
 MAX_LANES_LOG2 = 5
+MAX_TILT = 16
 
 _HEADER = struct.Struct("<4sBBHHII")
 _LEARNED = struct.Struct("<4sBB")
+_TILTED = 0x80
 
 
 class Mode(enum.IntEnum):
@@ -49,19 +51,25 @@ class LearnedHeader:
     gain: gain index G, 0 (coarsest) ... 255.
     stages: number of coded stages, 1 ... 15.
     lanes_log2: log2 of the number of rANS lanes, 0 ... 5.
+    tilt: how far the model's tilt moves steps of channels against one another, 0 ... 16.
     """
 
     model: bytes
     gain: int
     stages: int
     lanes_log2: int = 2
+    tilt: int = 0
 
     def pack(self) -> bytes:
         if len(self.model) != 4 or not 0 <= self.gain <= 255:
             raise FormatError("model prefix must be 4 bytes, gain 0 ... 255")
         if not 1 <= self.stages <= 15 or not 0 <= self.lanes_log2 <= MAX_LANES_LOG2:
             raise FormatError("stages must be 1 ... 15, lanes 1 ... 32")
-        return _LEARNED.pack(self.model, self.gain, self.stages | self.lanes_log2 << 4)
+        if not 0 <= self.tilt <= MAX_TILT:
+            raise FormatError(f"tilt must be 0 ... {MAX_TILT}")
+        packed = self.stages | self.lanes_log2 << 4 | (_TILTED if self.tilt else 0)
+        more = bytes([self.tilt]) if self.tilt else b""
+        return _LEARNED.pack(self.model, self.gain, packed) + more
 
 
 @dataclass(frozen=True)
@@ -146,9 +154,14 @@ def parse(data: bytes) -> Tile:
         raise FormatError("learned tile has no room for its parameters")
     model, gain, packed = _LEARNED.unpack_from(body)
     stages, lanes_log2 = packed & 15, packed >> 4 & 7
-    if packed & 0x80:
-        raise UnsupportedError("learned tile sets a reserved bit")
     if stages < 1 or lanes_log2 > MAX_LANES_LOG2:
         raise FormatError(f"learned tile with {stages} stages and 2^{lanes_log2} lanes")
-    learned = LearnedHeader(model, gain, stages, lanes_log2)
-    return Tile(mode, height, width, body[LEARNED_BYTES:], learned)
+    tilt, end = 0, LEARNED_BYTES
+    if packed & _TILTED:
+        if length == LEARNED_BYTES:
+            raise FormatError("learned tile has no room for its tilt")
+        tilt, end = body[LEARNED_BYTES], LEARNED_BYTES + 1
+        if not 1 <= tilt <= MAX_TILT:
+            raise FormatError(f"learned tile with a tilt of {tilt}")
+    learned = LearnedHeader(model, gain, stages, lanes_log2, tilt)
+    return Tile(mode, height, width, body[end:], learned)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,16 @@ from tools.export.model import (
 )
 from tools.train.images import Sampler, load_sources
 from tools.train.tables import fitted_tables
+from wsicodec.bitstream import MAX_TILT
 from wsicodec.codec.network import decode_tile, encode_tile
 from wsicodec.models.decoder import load_decoder
 from wsicodec.models.encoder import load_encoder
+from wsicodec.models.factors import gain_of_level
 
 TYPICAL_CROPS = 40
 LAST_STAGE_GAIN = 66
-"""Encoders try the last stage from this gain on, where its training begins, too, and keep it where
-it is worth its bits."""
+"""Encoders try the last stage from this gain on, and keep it where it is worth its bits. What a
+tilt adds to gains comes to it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder for the model files")
     parser.add_argument("--name", default="he-fast")
     parser.add_argument("--crops", type=int, default=400, help="crops to fit the tables on")
-    parser.add_argument("--diagnostic-gain", type=int, default=90, help="gain of quality 70")
+    parser.add_argument(
+        "--diagnostic-gain",
+        type=int,
+        default=60,
+        help="gain of quality 70; a tilt adds to it what it makes steps coarser",
+    )
     parser.add_argument("--strength", type=float, default=0.7, help="of the adaptive step, 0 ... 1")
     parser.add_argument("--lagrange", type=float, default=5.0, help="bits per squared step")
     parser.add_argument("--rgb", type=float, default=0.4, help="errors weighed as in RGB, 0 ... 1")
+    parser.add_argument(
+        "--tilt", type=int, default=8, choices=range(MAX_TILT + 1), metavar="T",
+        help=f"of steps, 0 (for SSIM) ... {MAX_TILT} (for squared error)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     net, state = load_network(arguments.checkpoint)
     header = {
@@ -52,52 +64,46 @@ def main(argv: list[str] | None = None) -> int:
         "licence": "BSD-3-Clause",
         "trained": {"steps": state["step"], "minutes": round(state["elapsed"], 1)},
     }
-    qualities = quality_gains(arguments.diagnostic_gain)
     tables, z_classes = net.search.tables, hyper_classes(net)
+    first = decoder_file(net, header, tables, z_classes)
+    decoder = load_decoder(first)
+    beside = gain_of_level(decoder.factors[arguments.tilt])
+    diagnostic, last_stage = arguments.diagnostic_gain + beside, LAST_STAGE_GAIN + beside
+    qualities = quality_gains(arguments.diagnostic_gain, beside)
     sampler = Sampler(load_sources(Path(arguments.data)), 256, 7)
+
+    def encoder_of(decoder_bytes: bytes, typical: Any = None) -> bytes:
+        return encoder_file(
+            net, header, decoder_bytes, qualities, last_stage, arguments.strength,
+            arguments.lagrange, arguments.rgb, arguments.tilt, typical,
+        )  # fmt: skip
+
     if arguments.crops:
-        first = decoder_file(net, header, tables, z_classes)
-        second = encoder_file(
-            net,
-            header,
-            first,
-            qualities,
-            LAST_STAGE_GAIN,
-            arguments.strength,
-            arguments.lagrange,
-            arguments.rgb,
-        )
-        decoder, encoder = load_decoder(first), load_encoder(second)
+        encoder = load_encoder(encoder_of(first))
         span = (int(qualities[0]), int(qualities[-1]))
         counts, squares = count_symbols(
-            sampler, decoder, encoder, arguments.crops, span, arguments.diagnostic_gain
+            sampler, decoder, encoder, arguments.crops, span, diagnostic
         )
         tables = fitted_tables(counts)
         z_classes = fitted_hyper_classes(squares, z_classes)
     decoder_bytes = decoder_file(net, header, tables, z_classes)
-    encoder_bytes = encoder_file(
-        net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
-        arguments.lagrange, arguments.rgb,
-    )  # fmt: skip
+    encoder_bytes = encoder_of(decoder_bytes)
     decoder, encoder = load_decoder(decoder_bytes), load_encoder(encoder_bytes)
     if arguments.crops:
         typical = typical_qualities(sampler, decoder, encoder, min(arguments.crops, TYPICAL_CROPS))
-        encoder_bytes = encoder_file(
-            net, header, decoder_bytes, qualities, LAST_STAGE_GAIN, arguments.strength,
-            arguments.lagrange, arguments.rgb, typical,
-        )  # fmt: skip
+        encoder_bytes = encoder_of(decoder_bytes, typical)
         encoder = load_encoder(encoder_bytes)
 
     image = sampler.one()
     for gain in (40, 90, 180):
         tile = encode_tile(image, decoder, encoder, gain)
         ours = decode_tile(tile, decoder).astype(int)
-        stages = len(net.settings.stages) - (gain < LAST_STAGE_GAIN)
+        stages = len(net.settings.stages) - (gain < last_stage)
         with torch.no_grad():
             x = torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32)) - 128
-            x_hat, rate = net(
-                x, torch.tensor([float(gain)]), torch.tensor([arguments.strength]), stages
-            )
+            aims = (gain, arguments.strength, arguments.tilt / MAX_TILT)
+            gains, strengths, shares = (torch.tensor([float(v)]) for v in aims)
+            x_hat, rate = net(x, gains, strengths, stages, shares)
         theirs = np.clip(np.rint(x_hat[0].numpy().transpose(1, 2, 0) + 128), 0, 255).astype(int)
         apart = np.abs(ours - theirs)
         bpp = 8 * len(tile.pack()) / image[..., 0].size

@@ -8,7 +8,7 @@ import numpy as np
 
 from tools.export.builder import FLOAT, INT8, INT16, UINT8, GraphBuilder, grid
 from tools.train.integer import IntegerConv
-from tools.train.network import STEP_PEAK, STEP_UNIT, ResidualBlock, Stage, TileNetwork
+from tools.train.network import STEP_PEAK, STEP_UNIT, Stage, TileNetwork
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ class NetworkBuilder(GraphBuilder):
     def float_conv(
         self, x: str, weight: Array, bias: Array, stride: int = 1, pad: int | None = None
     ) -> str:
-        """A layer of an encoder network."""
+        """A layer of the encoder's network."""
         side = weight.shape[-1]
         w = self.half(weight, "w")
         b = self.constant(bias.astype(np.float32), "b")
@@ -108,29 +108,6 @@ def chain_graph(net: TileNetwork) -> bytes:
     return g.finish(
         {"context": (UINT8, grid(n.context_channels + 1))},
         {"correction": (UINT8, ["batch", "rows", "columns", n.context_channels])},
-    )
-
-
-def analysis_graph(net: TileNetwork) -> bytes:
-    """linear (latents of the linear transform), plane -> correction of the leading ones, in
-    steps."""
-    k = net.settings.analysis_channels
-    g = NetworkBuilder("analysis")
-    array = lambda t: t.detach().numpy()  # noqa: E731
-    d = 1 / (array(net.deviation)[:k] + 4)
-    scaled = g.add("Mul", "linear", g.constant(d.reshape(1, -1, 1, 1).astype(np.float32), "scale"))
-    unit = g.constant(np.full((1, 1, 1, 1), 1 / 32, np.float32), "scale")
-    x = g.add("Concat", scaled, g.add("Mul", "plane", unit), axis=1)
-    x = g.float_conv(x, array(net.analysis[0].weight), array(net.analysis[0].bias))
-    for block in list(net.analysis)[1:]:
-        assert isinstance(block, ResidualBlock)
-        y = g.add("Relu", g.float_conv(x, array(block.a.weight), array(block.a.bias)))
-        x = g.add("Add", x, g.float_conv(y, array(block.b.weight), array(block.b.bias)))
-    x = g.float_conv(x, 0.5 * array(net.analysis_out.weight), 0.5 * array(net.analysis_out.bias))
-    g.nodes[-1].output[0] = "correction"
-    return g.finish(
-        {"linear": (FLOAT, grid(k)), "plane": (FLOAT, grid(1))},
-        {"correction": (FLOAT, grid(k))},
     )
 
 

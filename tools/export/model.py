@@ -12,8 +12,11 @@ from tools.train.lapping import HALF, odd_part
 from tools.train.network import TileNetwork
 from tools.train.settings import NetworkSettings
 from tools.train.tables import SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
+from wsicodec.codec.protocol import DEFAULT_QUALITY
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.models import container
+from wsicodec.models.decoder import GAINS
+from wsicodec.models.factors import TILT_PEAK
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +50,8 @@ def decoder_file(
     # docs/format.md: mean factor d k 2^8, context factor 2^(7 - 255/32 + 20) / (k d)
     mean_factor = np.round(deviation[:means] * gain[:means] * 2**8)
     context_factor = np.round(2 ** (27 - 255 / 32) / (gain[:contexts] * deviation[:contexts]))
+    octaves = net.tilted(torch.ones(1))[0].detach().numpy()
+    tilt = np.clip(np.rint(SCALE_STEPS_PER_OCTAVE * octaves), -TILT_PEAK, TILT_PEAK)
     kmac = net.kmac_per_pixel()
     lapping = odd_part(net.border).T if n.lapped else torch.eye(HALF)
     colours = torch.linalg.inv(net.colours.double())
@@ -76,6 +81,7 @@ def decoder_file(
             "mean_factor": mean_factor.astype(np.int32),
             "context_factor": context_factor.astype(np.int32),
             "inverse_gain": (1 / gain).astype(np.float32),
+            "tilt": tilt.astype(np.int8),
             "order": net.order.numpy().astype(np.uint16),
             "colours": colours.float().numpy(),
             "mean": net.mean.numpy(),
@@ -93,11 +99,13 @@ def encoder_file(
     step_strength: float,
     lagrange: float,
     rgb: float,
+    tilt: int,
     typical: Array | None = None,
 ) -> bytes:
     """The encoder model's bytes, bound to a decoder by its digest.
 
-    typical: (2, points) decibels (PSNR, SSIM) at evenly spaced gains, where known.
+    tilt: of tiles, 0 ... 16. typical: (2, points) decibels (PSNR, SSIM) at evenly spaced gains,
+    where known.
     """
     n = net.settings
     stage_gain = np.zeros(len(n.stages), np.uint8)
@@ -105,20 +113,17 @@ def encoder_file(
     head = {
         "kind": "encoder",
         "decoder": container.digest_of(decoder).hex(),
-        "corrected": n.analysis_channels,
         "turned": n.turned,
         "step_strength": step_strength,
         "lagrange": lagrange,
         "rgb": rgb,
+        "tilt": tilt,
         "network": n.to_dict(),
         **header,
     }
     return container.pack(
         head,
-        {
-            "analysis": graphs.analysis_graph(net),
-            "hyper_analysis": graphs.hyper_analysis_graph(net),
-        },
+        {"hyper_analysis": graphs.hyper_analysis_graph(net)},
         {
             "quality_gain": quality_gain.astype(np.uint8),
             "stage_gain": stage_gain,
@@ -128,14 +133,15 @@ def encoder_file(
 
 
 def quality_gains(
-    diagnostic: int, low: int = 2, archive: int = 112, high: int = 236, default: int = 70
+    diagnostic: int, beside: int = 0, low: int = 2, archive: int = 112, high: int = 236
 ) -> Array:
     """(100,) gains that never decrease: ``diagnostic`` at the default quality, ``archive`` (an SSIM
-    of 0.99) at 90.
+    of 0.99) at 90. ``beside`` comes to all of them, for what a tilt makes steps coarser.
 
     Every second gain alone: a single step of a 32nd octave can be lost in what the search of
     symbols finds by luck, and size or PSNR fall by a trifle where quality rises.
     """
     quality = np.arange(1, 101)
-    gains = np.interp(quality, [1, default, 90, 100], [low, diagnostic, archive, high])
-    return diagnostic + 2 * np.round((gains - diagnostic) / 2).astype(int)
+    gains = np.interp(quality, [1, DEFAULT_QUALITY, 90, 100], [low, diagnostic, archive, high])
+    even = diagnostic + 2 * np.round((gains - diagnostic) / 2).astype(int)
+    return np.minimum(even + beside, GAINS - 1)

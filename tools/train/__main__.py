@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--precision", default="auto", choices=("auto", *PRECISIONS),
-        help="of the float networks; auto is bfloat16 on CUDA",
+        help="of the float network; auto is bfloat16 on CUDA",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, help="processes that draw crops; by default none on a CPU"

@@ -22,7 +22,7 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """device: "cpu" or "cuda". float_type: of the float networks. workers: processes that draw
+    """device: "cpu" or "cuda". float_type: of the float network. workers: processes that draw
     crops."""
 
     device: str = "cpu"

@@ -1,15 +1,17 @@
 """The tile codec's network: lapped cosines, turned colours, integer entropy model, int8 chain.
 
-    turn(dct(lap(M (x - mean)))) -> g_a -> y --gain(E)--> v -> search(v - mu) -> q
-               y -> h_a -> z -> h_s -> h                       E = clip(G + 4 z_0, 0, 255)
+    turn(dct(lap(M (x - mean)))) -> y --gain(E) 2^o--> v -> search(v - mu) -> q
+                                    y -> h_a -> z -> h_s -> h  E = clip(G + 4 z_0, 0, 255)
     stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      z_0: adaptive step, from x
+               sigma in steps: sigma_k 2^o                     o: octaves of the tilt, by channel
     x_hat    = mean + M^-1 unlap(idct(unturn(y_hat + step(E) * chain(context(y_hat), E))))
 
-Names follow the literature (Balle 2018, Minnen 2018): g_a, g_s, h_a, h_s, y, z, y_hat.
+Names follow the literature (Balle 2018, Minnen 2018): h_a, h_s, y, z, y_hat.
 Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
 exact inverses and stay so: no quality is out of reach (tools.train.transform). Their colour space
-counts chroma errors for less than luma errors. Both learned corrections scale with the step, so
-they fade as it shrinks.
+counts chroma errors for less than luma errors. The learned correction scales with the step, so it
+fades as it shrinks. The tilt moves the steps of channels against one another: what SSIM wants with
+none of it, what squared error wants with all of it. The networks do not know of it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
 CHAIN_PEAK = 63
 CHAIN_OUT_EXPONENT = 6  # corrections in 1/64 of a step
 LATTICE_SHARE = (1.0, 0.25, 0.25, 0.5)  # of positions
+TILT_START = -0.5
+"""Octaves of luma, whose steps the colour space makes finer, in RGB, than those of chroma."""
 
 
 def gain_of(index: Tensor) -> Tensor:
@@ -75,20 +79,6 @@ def adaptive_steps(x: Tensor, strength: Tensor) -> Tensor:
     octaves = 0.5 * torch.log2(STEP_REFERENCE * weight) * strength.view(-1, 1, 1, 1)
     units = GAIN_STEPS_PER_OCTAVE * octaves / STEP_UNIT
     return torch.round(units).clamp(-STEP_PEAK // STEP_UNIT, STEP_PEAK // STEP_UNIT)
-
-
-class ResidualBlock(nn.Module):
-    """conv-ReLU-conv beside an identity; starts as the identity."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(channels, channels, 3, padding=1)
-        self.b = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.b.weight)
-        nn.init.zeros_(self.b.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(F.relu(self.a(x)))
 
 
 def lattice_mask(lattice: int, rows: int, columns: int) -> Tensor:
@@ -164,16 +154,8 @@ class TileNetwork(nn.Module):
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
         n = self.settings = settings
-        self.float_type = torch.float32  # of analysis and h_a, which decide no probability
+        self.float_type = torch.float32  # of h_a, which decides no probability
         channels = n.latent_channels
-        self.analysis = nn.Sequential(
-            nn.Conv2d(n.analysis_channels + 1, n.analysis, 1),
-            *[ResidualBlock(n.analysis) for _ in range(n.analysis_layers)],
-        )
-        self.analysis_out = nn.Conv2d(n.analysis, n.analysis_channels, 1)
-        nn.init.zeros_(self.analysis_out.weight)
-        nn.init.zeros_(self.analysis_out.bias)
-
         self.h_a = nn.Sequential(
             nn.Conv2d(n.context_channels + 1, 96, 3, padding=1),
             nn.ReLU(),
@@ -204,6 +186,7 @@ class TileNetwork(nn.Module):
         nn.init.zeros_(self.chain_out.weight)
 
         self.log_gain = nn.Parameter(torch.full((channels,), -0.5))
+        self.tilt = nn.Parameter(torch.zeros(channels))
         self.z_log_scale = nn.Parameter(torch.full((n.z_channels,), 0.0))
         self.z_log_slope = nn.Parameter(torch.zeros(n.z_channels))
         self.search = DependentSearch()
@@ -239,14 +222,18 @@ class TileNetwork(nn.Module):
             stage.scale.weight[:, -1].fill_(1.0)
             stage.scale.weight[:, :-1].mul_(0.3)
             stage.scale.bias.copy_(torch.log2(0.42 * d) - GAIN_TOP_STEP + 2.875)
+        # squared errors of RGB want equal steps in all planes
+        luma = self.order // LAPPED_SIDE**2 == 0
+        luma[: self.settings.stages[0][1]] = False
+        self.tilt.copy_(TILT_START * luma)
 
     def context_of(self, y_hat: Tensor, start: int) -> Tensor:
         """Decoded latents as bounded integers (in steps of 1/32 of a standard deviation)."""
         d = self.deviation[start : start + y_hat.shape[1]].view(1, -1, 1, 1)
         return floor_at(y_hat / d, UNIT).clamp(-127 / 32, 127 / 32)
 
-    def linear_latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(latents of the linear transform, (N, 3, 3) turns of their planes)."""
+    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(latents, (N, 3, 3) turns of their planes) of images."""
         n = self.settings
         centred = x - self.mean.view(1, 3, 1, 1)
         planes = torch.einsum("ij,njhw->nihw", self.colours, centred)
@@ -268,18 +255,18 @@ class TileNetwork(nn.Module):
         back = torch.linalg.inv(self.colours.double()).to(planes)
         return torch.einsum("ij,njhw->nihw", back, planes) + self.mean.view(1, 3, 1, 1)
 
-    def analyse(self, linear: Tensor, gain: Tensor) -> Tensor:
-        """Latents before any gain: the linear transform's and a correction that scales with the
-        step."""
-        k = self.settings.analysis_channels
-        plane = (gain / 32).view(-1, 1, 1, 1).expand(-1, 1, *linear.shape[-2:])
-        d = self.deviation[:k].view(1, -1, 1, 1)
-        with arithmetic(linear.device, self.float_type):
-            f = torch.cat([linear[:, :k] / (d + 4), plane], 1)
-            correction = self.analysis_out(self.analysis(f)).float()
-        step = 1 / gain_of(gain).view(-1, 1, 1, 1)
-        head = linear[:, :k] + 0.5 * step * correction
-        return torch.cat([head, linear[:, k:]], 1)
+    def tilted(self, share: Tensor) -> Tensor:
+        """(N, channels): octaves by which steps are finer at shares (N,) of the tilt, in eighths:
+        steps of a class.
+
+        Only those of the first stage's channels may be finer, which are coded nearly everywhere:
+        what the networks give class 0 is not coded, however fine its step.
+        """
+        first = self.settings.stages[0][1]
+        octaves = torch.cat([self.tilt[:first], self.tilt[first:].clamp_max(0)])
+        octaves = share.view(-1, 1) * octaves
+        eighths = torch.round(octaves * SCALE_STEPS_PER_OCTAVE)
+        return straight_through(eighths / SCALE_STEPS_PER_OCTAVE, octaves)
 
     def hyper_input(self, y: Tensor, plane: Tensor) -> Tensor:
         c = self.settings.context_channels
@@ -293,10 +280,16 @@ class TileNetwork(nn.Module):
 
     @exact
     def forward(
-        self, x: Tensor, gain: Tensor, strength: Tensor, stages: int | None = None
+        self,
+        x: Tensor,
+        gain: Tensor,
+        strength: Tensor,
+        stages: int | None = None,
+        tilt: Tensor | None = None,
     ) -> tuple[Tensor, Rates]:
         """x: (N, 3, H, W) RGB - 128, H and W multiples of 32; gain: (N,) integer gain indices;
-        strength: (N,) of the adaptive step.
+        strength: (N,) of the adaptive step. tilt: (N,) shares of the tilt, 0 ... 1; None: what the
+        strengths leave to 1.
 
         Returns the reconstruction (not clipped) and rates. In training mode hyper-latents' rates
         see additive noise; levels are those of a search. Latents take their gradient from additive
@@ -304,8 +297,7 @@ class TileNetwork(nn.Module):
         """
         n = self.settings
         stages = len(n.stages) if stages is None else stages
-        linear, turns = self.linear_latents(x)
-        y = self.analyse(linear, gain)
+        y, turns = self.analyse(x)
         lh, lw = y.shape[-2:]
         constant = (gain / 32).view(-1, 1, 1, 1)
         with arithmetic(x.device, self.float_type):
@@ -322,6 +314,7 @@ class TileNetwork(nn.Module):
         effective = (gain.view(-1, 1, 1, 1) + steps).clamp(0, 255)
         plane = effective / 32
         g = gain_of(effective)
+        octaves = self.tilted(1 - strength if tilt is None else tilt)
         # decoded so far, by first channel: latents and their contexts
         decoded: dict[int, Tensor] = {}
         contexts: dict[int, Tensor] = {}
@@ -329,8 +322,12 @@ class TileNetwork(nn.Module):
             a, b = stage.first, stage.first + stage.size
             context = torch.cat(list(contexts.values()), 1) if contexts else None
             index, mean = stage(h, plane, context)
+            finer = octaves[:, a:b, None, None]
+            # class 0 stays
+            moved = (index + SCALE_STEPS_PER_OCTAVE * finer).clamp(0, SCALE_CLASSES - 1)
+            index = torch.where(torch.round(index) > 0, moved, index)
             scale = scale_of(index)
-            gc = g * torch.exp(self.log_gain[a:b]).view(1, -1, 1, 1)
+            gc = g * torch.exp(self.log_gain[a:b]).view(1, -1, 1, 1) * torch.exp2(finer)
             v = y[:, a:b] * gc
             if stage.has_mean:
                 d = self.deviation[a:b].view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""Where bfloat16 may be used: in the float networks, never in the integer ones.
+"""Where bfloat16 may be used: in the float network (h_a), never in the integer ones.
 
 Integer networks are exact integers in float32, with sums up to 2^22; eight bits of bfloat16 would
 give other symbols than decoders get.
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """What the layers of float networks are computed in; float32 is plain arithmetic."""
+    """What the layers of the float network are computed in; float32 is plain arithmetic."""
     if dtype == torch.float32:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype)

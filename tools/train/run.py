@@ -16,12 +16,15 @@ import torch
 
 from tools.train.losses import distortion
 from tools.train.machine import Machine
-from tools.train.network import TileNetwork, gain_of
+from tools.train.network import GAIN_STEPS_PER_OCTAVE, TileNetwork, gain_of
 from tools.train.settings import NetworkSettings, TrainSettings
 from wsicodec.entropy.tables import SymbolTables
 
 OUTLIER = 6.0
 """Batches whose gradient norm exceeds the recent median by this factor are skipped."""
+
+LEADING = 64
+"""Latents whose mean step distortions are weighed by."""
 
 NORMS = 200
 """Recent gradient norms kept, of low and of high rates."""
@@ -110,6 +113,12 @@ class Run:
         weights = state.get("weights") or state["average"]
         if "order" not in weights:
             raise ValueError("a checkpoint of another transform (no 'order') cannot go on")
+        for kind, found in (
+            ("with an analysis network", "analysis_out.weight" in weights),
+            ("without a tilt", "tilt" not in weights),
+        ):
+            if found:
+                raise ValueError(f"a checkpoint {kind} cannot go on; a new one can start from it")
         self.net.load_state_dict(weights)
         self.prepare()
         if state.get("optimiser"):
@@ -141,6 +150,8 @@ class Run:
         a, b = s.low_gain if low else s.high_gain
         if low and finest:
             a = max(a, min(b, s.finest_gain))
+        elif low:
+            b = min(b, max(a, s.coarse_gain))
         gain = rng.integers(a, b + 1, count).astype(np.float32)
         return low, finest, gain, rng.uniform(*s.strength, count).astype(np.float32)
 
@@ -168,7 +179,10 @@ class Run:
             gain, strength = (torch.from_numpy(v[part]).to(device) for v in (gains, strengths))
             x = torch.from_numpy(images).to(device).float() - 128
             x = x.contiguous(memory_format=self.machine.memory_format)
-            x_hat, rate = self.net(x, gain, strength, stages)
+            # a tilt makes most steps coarser: the gain makes up for it
+            coarser = -self.net.tilted(1 - strength).detach()[:, :LEADING].mean(1)
+            beside = torch.round(GAIN_STEPS_PER_OCTAVE * coarser)
+            x_hat, rate = self.net(x, (gain + beside).clamp(0, 255), strength, stages)
             d, mse, ssim = distortion(x, x_hat, s.ssim_weight * strength)
             weighted = s.lagrange * gain_of(gain) ** 2 * d
             share = len(images) / count

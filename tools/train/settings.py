@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+DROPPED = frozenset(("analysis", "analysis_layers", "analysis_channels"))
+"""Settings that older checkpoints and models name, of an encoder network that is no more."""
+
 
 @dataclass(frozen=True)
 class NetworkSettings:
@@ -22,8 +25,6 @@ class NetworkSettings:
     z_channels: hyper-latents, one per 2x2 latent positions.
     hyper, context, middle: widths of the integer entropy networks.
     chain: width of the int8 correction chain; chain_kernels: sides of its hidden layers' kernels.
-    analysis, analysis_layers: width and residual blocks of the (float) analysis correction.
-    analysis_channels: leading latents that the analysis correction may change.
     """
 
     block: int = 16
@@ -50,9 +51,6 @@ class NetworkSettings:
     middle: int = 192
     chain: int = 160
     chain_kernels: tuple[int, ...] = (1, 3)
-    analysis: int = 128
-    analysis_layers: int = 2
-    analysis_channels: int = 448
 
     @property
     def latent_channels(self) -> int:
@@ -67,6 +65,7 @@ class NetworkSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NetworkSettings:
+        values = {k: v for k, v in values.items() if k not in DROPPED}
         known = {f.name for f in fields(cls)}
         unknown = set(values) - known
         if unknown:
@@ -84,12 +83,15 @@ class TrainSettings:
     steps: where not 0, its length in steps instead: equal training for networks of unequal speed.
     ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
         error and of 1 - SSIM(luma) alike. Each image's weight is this times its strength.
-    strength: range of the adaptive step's strength, drawn per image.
+    strength: range of the adaptive step's strength, drawn per image; what it leaves to 1 is the
+        image's share of the tilt.
     chroma_weight: of chroma errors in the transform's colour space, against luma's 1.
-    lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``.
+    lagrange: distortion weight at step 1; the weight at gain g is ``lagrange * g**2``, with the
+        mean tilt of the leading latents in g.
     low_share: share of batches at low and middle rates.
-    finest_share: share of those that are coded with the last stage, too, from ``finest_gain`` on;
-        the others are coded without it, as most tiles are.
+    finest_share: share of those that are coded with the last stage, too.
+    finest_gain: lowest gain of low-rate batches with the last stage.
+    coarse_gain: highest gain of batches without it; encoders leave it out at low gains alone.
     """
 
     minutes: float = 30.0
@@ -105,8 +107,9 @@ class TrainSettings:
     strength: tuple[float, float] = (0.0, 1.0)
     chroma_weight: float = 0.75
     low_share: float = 0.88
-    finest_share: float = 0.2
+    finest_share: float = 0.45
     finest_gain: int = 48
+    coarse_gain: int = 84
     low_gain: tuple[int, int] = (8, 128)
     high_gain: tuple[int, int] = (120, 240)
     ema: float = 0.998

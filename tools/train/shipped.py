@@ -1,8 +1,8 @@
 """Weights back out of model files: training can go on from what a release ships.
 
-Integer networks come back as the integers that they are, encoder networks as the float16 that they
-were stored in. What model files do not hold (the spread of hyper-latents as a function of the
-gain, deviations of latents that no network sees) is estimated.
+Integer networks come back as the integers that they are, the encoder's as the float16 that it was
+stored in. What model files do not hold (the spread of hyper-latents as a function of the gain,
+deviations of latents that no network sees) is estimated.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Graph:
         return found
 
     def scale(self, channels: int) -> Array:
-        """(channels,): the factor of an encoder network's first channels."""
+        """(channels,): the factor of the encoder network's first channels."""
         shape = (1, channels, 1, 1)
         return (
             next(c for c in self.constants.values() if c.shape == shape).reshape(-1).astype(float)
@@ -112,31 +112,22 @@ def state_of_model(decoder: bytes, encoder: bytes) -> dict[str, Any]:
         module.weight.data = torch.from_numpy(weight).float()
         module.bias.data = torch.from_numpy(bias).float()
 
-    analysis = _Graph(e.graphs["analysis"])
-    first, *blocks, last = analysis.layers()
-    place(net.analysis[0], first[0], first[1])
-    modules = [m for block in list(net.analysis)[1:] for m in (block.a, block.b)]
-    for module, values in zip(modules, blocks, strict=True):
-        place(module, values[0], values[1])
-    place(net.analysis_out, 2 * last[0], 2 * last[1])
     hyper_analysis = _Graph(e.graphs["hyper_analysis"])
     for module, values in zip((net.h_a[0], net.h_a[2]), hyper_analysis.layers(), strict=True):
         factor = 0.25 if module is net.h_a[2] else 1.0
         place(module, factor * values[0], factor * values[1])
 
     net.log_gain.data = -torch.from_numpy(np.log(d.tensors["inverse_gain"])).float()
+    if "tilt" in d.tensors:
+        net.tilt.data = torch.from_numpy(d.tensors["tilt"] / np.float32(SCALE_STEPS_PER_OCTAVE))
     net.order.copy_(torch.from_numpy(d.tensors["order"].astype(np.int64)))
     net.colours.copy_(torch.from_numpy(np.linalg.inv(d.tensors["colours"].astype(float))))
     net.mean.copy_(torch.from_numpy(d.tensors["mean"].copy()))
     if n.lapped:
         net.border.copy_(border_filter(torch.from_numpy(d.tensors["lapping"].T.astype(float))))
-    known = (
-        1 / analysis.scale(n.analysis_channels) - 4,
-        1 / hyper_analysis.scale(n.context_channels),
-    )
-    net.deviation.fill_(min(float(part.min()) for part in known))
-    for part in known:
-        net.deviation[: len(part)] = torch.from_numpy(part).float()
+    known = 1 / hyper_analysis.scale(n.context_channels)
+    net.deviation.fill_(float(known.min()))
+    net.deviation[: len(known)] = torch.from_numpy(known).float()
 
     classes = d.tensors["z_classes"].astype(float)
     log = np.log(2) * ((classes - 1) / SCALE_STEPS_PER_OCTAVE + SCALE_LOG2_OF_CLASS_1)

@@ -1,8 +1,8 @@
 """Weights of one network as the start of another: of other widths, stages or lattices.
 
-Rows and columns of weights are *units*, of axes that several weights share: the channels of the
-trunk of the analysis, the outputs of a stage's middle layer, the latents. For every axis it is said
-once which old unit a new one continues, and all weights follow it:
+Rows and columns of weights are *units*, of axes that several weights share: the outputs of a
+stage's middle layer, the latents. For every axis it is said once which old unit a new one
+continues, and all weights follow it:
 
 - A wider axis has the old units first. Rows of new units keep their random weights, columns that
   read them are zero: they change nothing yet.
@@ -53,12 +53,11 @@ class Units:
 class Layer:
     """What the rows (and bias) and columns of a weight are; a plain parameter has no columns.
 
-    adds: to units that another layer makes. source: its name in its own network.
+    source: its name in its own network.
     """
 
     rows: tuple[Units, ...]
     columns: tuple[Units, ...] = ()
-    adds: bool = False
     source: str = ""
 
 
@@ -69,25 +68,18 @@ def layers_of(n: NetworkSettings, stages: dict[int, int]) -> dict[str, Layer]:
     """
     latents, plane = n.latent_channels, Units("plane", 1)
     seen_latents = Units("latents", n.context_channels, signed=True)
-    analysed = Units("latents", n.analysis_channels, signed=True)
-    trunk = Units("trunk", n.analysis)
     z, step = Units("z", n.z_channels - 1), Units("step", 1)
     hidden, hyper = Units("hidden", HIDDEN), Units("hyper", n.hyper)
     layers = {
-        "analysis.0": Layer((trunk,), (analysed, plane)),
-        "analysis_out": Layer((analysed,), (trunk,)),
         "h_a.0": Layer((hidden,), (seen_latents, plane)),
         "h_a.2": Layer((z,), (hidden,)),
         "h_s_expand": Layer((Units("expanded", n.hyper, each=4),), (step, z)),
         "h_s": Layer((hyper,), (Units("expanded", n.hyper), plane)),
         "log_gain": Layer((Units("latents", latents),)),
+        "tilt": Layer((Units("latents", latents),)),
         "z_log_scale": Layer((step, z)),
         "z_log_slope": Layer((step, z)),
     }
-    for i in range(1, n.analysis_layers + 1):
-        inner = Units(f"inner.{i}", n.analysis)
-        layers[f"analysis.{i}.a"] = Layer((inner,), (trunk,))
-        layers[f"analysis.{i}.b"] = Layer((trunk,), (inner,), adds=True)
     before: tuple[Units, ...] = (seen_latents, plane)
     for i in range(len(n.chain_kernels)):
         layers[f"chain.{i}"] = Layer((Units(f"chain.{i}", n.chain),), before)
@@ -143,7 +135,7 @@ def _owners(layers: dict[str, Layer]) -> dict[str, list[str]]:
     """The layers that make each axis."""
     owners: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        if layer.columns and not layer.adds:
+        if layer.columns:
             for units in layer.rows:
                 if units.axis != "latents":
                     owners.setdefault(units.axis, []).append(name)
@@ -272,9 +264,11 @@ def warm_start(
     """(the new network's weights, names of the layers that begin afresh).
 
     The transform is the old one, and fresh layers begin as ``TileNetwork.start`` lets them begin
-    with it. Raises ValueError where that is not possible.
+    with it. A tilt that the old network lacks is zero. Raises ValueError where that is not
+    possible.
     """
     count = new.latent_channels
+    old_state = {"tilt": torch.zeros(old.latent_channels), **old_state}
     missing = [name for name in TRANSFORM if name not in old_state]
     if missing:
         raise ValueError(f"the old network's transform is not one of cosines: no {missing[0]!r}")

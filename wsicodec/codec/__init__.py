@@ -14,12 +14,20 @@ import numpy as np
 
 from wsicodec import bitstream
 from wsicodec.bitstream import Tile
-from wsicodec.codec.protocol import Codec, Image, TileInfo, check_image, check_quality
+from wsicodec.codec.protocol import (
+    DEFAULT_QUALITY as DEFAULT_QUALITY,
+)
+from wsicodec.codec.protocol import (
+    Codec,
+    Image,
+    TileInfo,
+    check_image,
+    check_quality,
+)
 from wsicodec.errors import FormatError, SettingsError, TruncatedError
 from wsicodec.settings import thread_budget
 
 DEFAULT_MODEL = "he-fast"
-DEFAULT_QUALITY = 70
 PRESETS = {"preview": 40, "diagnostic": DEFAULT_QUALITY, "archive": 90}
 """Qualities by their use."""
 TARGETS = ("target_ssim", "target_psnr")

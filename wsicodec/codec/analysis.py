@@ -1,5 +1,5 @@
-"""From pixels to latents: planes, lapping, cosines, turned colours, the analysis network. Decoders
-know nothing of this; another analysis makes other symbols, never another format."""
+"""From pixels to latents: planes, lapping, cosines, turned colours. Decoders know nothing of this;
+another analysis makes other symbols, never another format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wsicodec.codec.cell import STEPS, CellShape
+from wsicodec.codec.cell import CellShape
 from wsicodec.codec.colours import TURN_STEP, Turn, best_turn, rotation
 from wsicodec.codec.cosine import (
     BANDS,
@@ -24,7 +24,6 @@ from wsicodec.codec.pixels import brush_of
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.compiled import compiled
 from wsicodec.models.decoder import DecoderModel
-from wsicodec.models.encoder import EncoderModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -130,7 +129,7 @@ class Bands:
         return best_turn(self.covariance, step)
 
     def latents(self, model: DecoderModel, turn: Turn) -> Floats:
-        """(channels, positions): latents of the linear transform."""
+        """(channels, positions) after turning the planes."""
         latents = np.empty((model.architecture.channels, self.values.shape[1]), np.float32)
         matrix = rotation(turn).astype(np.float32)
         _turned(self.values, brush_of(model).order, matrix, latents)
@@ -167,23 +166,3 @@ def bands_of(pixels: Image, shape: CellShape, model: DecoderModel) -> Bands:
     covariance = np.empty((BANDS, PLANES, PLANES))
     covariance[:, i, j] = covariance[:, j, i] = spread.T
     return Bands(values, covariance[1:])
-
-
-def analyse(
-    latents: Floats, shape: CellShape, encoder: EncoderModel, gain: int, share: float = 1.0
-) -> Floats:
-    """Latents (channels, positions) of the linear transform with the analysis network's correction.
-
-    share: of the correction; 0 leaves the network out.
-    """
-    if not share:
-        return latents
-    head = latents[: encoder.corrected]
-    inputs = {
-        "linear": head.reshape(1, -1, *shape.latents),
-        "plane": np.full((1, 1, *shape.latents), gain, np.float32),
-    }
-    change = encoder.analysis(inputs)[0].reshape(head.shape)
-    y = latents.copy()
-    y[: len(head)] += change * np.float32(share * STEPS[gain])
-    return y

@@ -25,6 +25,7 @@ from wsicodec.entropy.tables import SYMBOL_PEAK
 from wsicodec.entropy.trellis import PACKED, search_levels
 from wsicodec.errors import FormatError
 from wsicodec.models.decoder import Z_PEAK, Architecture, DecoderModel
+from wsicodec.models.factors import OCTAVE_TABLE, Factors
 from wsicodec.models.fused import run_program, run_stage
 from wsicodec.models.lattice import lattice_positions
 from wsicodec.models.networks import Cells, run_hyper
@@ -36,16 +37,6 @@ STEPS_PER_OCTAVE = 32
 BAD_HYPER = 100  # a status beside those of the entropy coder
 TOP_STEP = 64.0  # quantisation step at gain index 0
 
-# docs/format.md, "Gain": round(2**15 * 2**(i / 32)), literals of the format
-OCTAVE_TABLE = np.array(
-    [
-        32768, 33486, 34219, 34968, 35734, 36516, 37316, 38133, 38968, 39821, 40693, 41584, 42495,
-        43425, 44376, 45348, 46341, 47356, 48393, 49452, 50535, 51642, 52773, 53928, 55109, 56316,
-        57549, 58809, 60097, 61413, 62757, 64132,
-    ],
-    np.int64,
-)  # fmt: skip
-
 Array = npt.NDArray[Any]
 
 
@@ -55,6 +46,18 @@ def steps_of_gains() -> npt.NDArray[np.float32]:
 
 
 STEPS = steps_of_gains()
+
+
+@compiled
+def _shift_classes(classes, shift):
+    """Classes (channels, positions) of a tilted tile, in place: what is not coded stays so."""
+    for c in range(classes.shape[0]):
+        row, by = classes[c], np.int16(shift[c])
+        if by == 0:
+            continue
+        for i in range(len(row)):
+            moved = min(max(np.int16(row[i]) + by, np.int16(0)), np.int16(127))
+            row[i] = np.uint8(moved if row[i] > 0 else 0)
 
 
 @compiled
@@ -191,9 +194,10 @@ _NO_FACTOR = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, eq=False)
 class CellJob:
-    """A cell to code: its gain index, its colours' turn and where its symbols come from."""
+    """A cell to code: its gain index, tilt and colours' turn, and where its symbols come from."""
 
     gain: int
+    tilt: int
     turn: Turn
     hyper_source: HyperSource
     stage_source: StageSource
@@ -227,13 +231,17 @@ def code_cells(
         where = lattice_positions(stage.lattice, rows, columns)
         channels = stage.channels
         seen = channels if stage.first < a.context_channels else slice(0)
-        mean_factor = model.mean_factor[channels] if k < a.mean_stages else _NO_FACTOR
-        for n, (classes, means) in enumerate(cells.stage(k)):
+        for n, (given, means) in enumerate(cells.stage(k)):
+            factors, classes = model.factors[jobs[n].tilt], given
+            if not factors.plain:
+                classes = given.copy()
+                _shift_classes(classes, factors.shift[channels])
             levels = jobs[n].stage_source(k, classes, means, gains[n])
             port = ports[n]
             fine = _dequantise(
-                levels, means, where, gains[n], OCTAVE_TABLE, mean_factor,
-                model.context_factor[channels], model.inverse_gain[channels], STEPS,
+                levels, means, where, gains[n], OCTAVE_TABLE,
+                factors.mean[channels] if k < a.mean_stages else _NO_FACTOR,
+                factors.context[channels], factors.inverse_gain[channels], STEPS,
                 y[n, channels], port.values[seen], port.magnitudes[seen], port.places, port.base,
             )  # fmt: skip
             if not fine:
@@ -246,14 +254,15 @@ def code_cells(
 @compiled
 def _read_stages(
     arena, wide, plan_stages, operations, segments, positions, weights, biases, scales,
-    layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, steps, y, places,
-    context_at, context_stride, magnitude_at, magnitude_stride,
+    layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, shift, steps,
+    y, places, context_at, context_stride, magnitude_at, magnitude_stride,
     words, cursor, states, first, entries, offsets, radii, class_table, class_raw, packed,
 ):  # fmt: skip
     """All stages of a cell, from the stream to latents ``y`` and contexts. Returns a status.
 
     layout: (stages, 5) first channel, channels, whether there are means, channels of context, and
     where the stage's lattice ends in ``lattices``; one more row in front for where it begins.
+    shift: of classes, of no channels where the tile is not tilted.
     """
     stages = layout.shape[0] - 1
     size = arena.shape[0]
@@ -272,6 +281,8 @@ def _read_stages(
             arena, wide, plan_stages[k], operations, segments, positions, weights, biases, scales,
             classes, means,
         )  # fmt: skip
+        if len(shift) > 0:
+            _shift_classes(classes, shift[begin:end])
         levels = np.empty(classes.shape, np.int32)
         status = decode_symbols(
             classes.reshape(-1), levels.reshape(-1), words, cursor, states, first, entries, offsets,
@@ -293,6 +304,7 @@ def read_cells(
     model: DecoderModel,
     streams: Sequence[Decoder],
     gains: Sequence[int],
+    tilts: Sequence[int],
     turns: Sequence[Turn],
     stages: int,
     shape: CellShape,
@@ -303,8 +315,8 @@ def read_cells(
         return lambda _k, classes, _means, _gains: stream.get(classes, dependent=True)
 
     jobs = [
-        CellJob(gain, turn, stream.get, classes_alone(stream))
-        for gain, turn, stream in zip(gains, turns, streams, strict=True)
+        CellJob(gain, tilt, turn, stream.get, classes_alone(stream))
+        for gain, tilt, turn, stream in zip(gains, tilts, turns, streams, strict=True)
     ]
     return code_cells(model, jobs, stages, shape)
 
@@ -322,7 +334,7 @@ def _decode_cell(
     """
     operations, segments, positions, weights, biases, scales = tables
     words, cursor, states, first, entries, offsets, radii, class_table, class_raw = stream
-    mean_factor, context_factor, inverse_gain = factors
+    mean_factor, context_factor, inverse_gain, shift = factors
     z = np.empty(z_classes.shape, np.int32)
     flat = z.reshape(-1)
     status = decode_symbols(
@@ -345,7 +357,7 @@ def _decode_cell(
     y = np.zeros((channels, len(places)), np.float32)
     status = _read_stages(
         arena, wide, plan_stages, operations, segments, positions, weights, biases, scales,
-        layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, steps,
+        layout, lattices, gains, octave, mean_factor, context_factor, inverse_gain, shift, steps,
         y, places, contexts[0], contexts[1], contexts[2], contexts[3],
         words, cursor, states, first, entries, offsets, radii, class_table, class_raw, packed,
     )  # fmt: skip
@@ -365,6 +377,7 @@ def decode_cell(
     model: DecoderModel,
     stream: Decoder,
     gain: int,
+    tilt: int,
     turn: Turn,
     stages: int,
     shape: CellShape,
@@ -382,7 +395,7 @@ def decode_cell(
     z_classes = np.empty((a.z_channels, *shape.hyper), np.uint8)
     z_classes[...] = model.z_classes[gain][:, None, None]
     layout, lattices = _layout(a, rows, columns)
-    plan = model.fused.plan(rows, columns)
+    plan, factors = model.fused.plan(rows, columns), model.factors[tilt]
     slots, hyper, chain = plan.slots, plan.programs["hyper"], plan.programs["chain"]
     arena = plan.arena()
     # cells within a larger tile are not contiguous
@@ -391,7 +404,8 @@ def decode_cell(
     status = _decode_cell(
         arena, arena.view(np.int16), plan.tables, plan.stages, layout[: stages + 1], lattices,
         (hyper.begin, hyper.end), z_classes, gain, plan.pitch, plan.inside, plan.ports,
-        (model.mean_factor, model.context_factor, model.inverse_gain), OCTAVE_TABLE, STEPS,
+        (factors.mean, factors.context, factors.inverse_gain,
+         _NO_FACTOR if factors.plain else factors.shift), OCTAVE_TABLE, STEPS,
         (slots["context"].offset, slots["context"].stride,
          slots["magnitude"].offset, slots["magnitude"].stride),
         stream.arguments(), np.uint64(PACKED),
@@ -422,6 +436,7 @@ def _layout(a: Architecture, rows: int, columns: int) -> tuple[Array, Array]:
 
 def quantise_stage(
     model: DecoderModel,
+    factors: Factors,
     stage: int,
     y: npt.NDArray[np.float32],
     where: npt.NDArray[np.int32],
@@ -441,8 +456,8 @@ def quantise_stage(
     residuals = np.empty(classes.shape, np.float32)
     _residuals(
         y, where, classes, means, gains, OCTAVE_TABLE,
-        model.mean_factor[channels] if stage < a.mean_stages else _NO_FACTOR,
-        model.inverse_gain[channels], STEPS, residuals,
+        factors.mean[channels] if stage < a.mean_stages else _NO_FACTOR,
+        factors.inverse_gain[channels], STEPS, residuals,
     )  # fmt: skip
     return search_levels(residuals, classes, lagrange, model.tables, lanes)
 
@@ -463,7 +478,7 @@ def _saved(y, where, levels, inverse_gain, gains, steps, worth):
 
 
 def errors_saved(
-    model: DecoderModel,
+    factors: Factors,
     y: npt.NDArray[np.float32],
     where: npt.NDArray[np.int32],
     levels: Levels,
@@ -473,7 +488,7 @@ def errors_saved(
 ) -> float:
     """Bits that the errors which a stage's levels take away are worth: latents ``y`` (channels,
     positions) against zeros. worth: (channels,) of a squared error of one step."""
-    inverse_gain = model.inverse_gain[channels]
+    inverse_gain = factors.inverse_gain[channels]
     return float(_saved(y, where, levels, inverse_gain, gains, STEPS, worth))
 
 

@@ -1,8 +1,8 @@
 """Efforts 1 ... 9 of the learned codec: what an encoder tries, for one format and one decoder.
 
-1 and 2 use none of the encoder's networks, 3 and 4 the one that chooses hyper-latents, 5 all of
-them; 6 codes a second time with the decoder's correction in view; 7 ... 9 try other settings at
-equal quality and keep the best. docs/models.md has what each costs and saves.
+1 and 2 do without the encoder's network; 3, 4 and 5 let it choose hyper-latents; 6 codes a second
+time with the decoder's correction in view; 7 ... 9 try other settings at equal quality and keep the
+best. docs/models.md has what each costs and saves.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from wsicodec.bitstream import MAX_TILT
 from wsicodec.codec.network import CodedTile, Search, TileEncoder, usual_search
+from wsicodec.codec.options import DEFAULT_EFFORT, MAX_EFFORT
 from wsicodec.models.encoder import EncoderModel
-
-DEFAULT_EFFORT = 5
-MAX_EFFORT = 9
-TUNES = ("ssim", "psnr")
 
 SHIFT, SCALE = 0.15, 1.25
 """How far other searches move the adaptive step's strength, and the lagrange multiplier."""
@@ -42,28 +40,22 @@ def effort_of(number: int, tune: str, encoder: EncoderModel) -> Effort:
     """Effort 1 ... 9 of a model; ``tune`` is "ssim" or "psnr"."""
     plain = _plain(tune, encoder)
     if number <= 2:
-        return Effort(replace(plain, analysis=0.0, hyper=False))
-    if number <= 4:
-        return Effort(replace(plain, analysis=0.0))
-    if number == DEFAULT_EFFORT:
+        return Effort(replace(plain, hyper=False))
+    if number <= DEFAULT_EFFORT:
         return Effort(plain)
     twice = replace(plain, passes=2, aim=0.5)
-    if tune == "psnr":
-        # the second pass does much of what the analysis network does
-        twice = replace(twice, analysis=plain.analysis / 2)
     return Effort(twice, tuple(_variations(number, twice)) if number > 6 else ())
 
 
 def _plain(tune: str, encoder: EncoderModel) -> Search:
-    """One pass with all networks.
+    """One pass, hyper-latents by the network.
 
-    Analysis networks are trained for SSIM first. What serves PSNR best was found on training
-    images with three models: a weaker adaptive step, less of the network's correction, errors
-    weighed as RGB.
+    What serves PSNR best was found on training images: all of the tilt, a weaker adaptive step,
+    errors weighed nearly as RGB.
     """
     if tune == "ssim":
         return usual_search(encoder)
-    return Search(0.55 * encoder.step_strength, 0.8 * encoder.lagrange, rgb=1.0, analysis=0.75)
+    return Search(0.5 * encoder.step_strength, 0.8 * encoder.lagrange, rgb=0.5, tilt=MAX_TILT)
 
 
 def _variations(number: int, search: Search) -> Iterator[Search]:

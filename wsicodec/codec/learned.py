@@ -5,23 +5,23 @@ Only tiles of mode ``learned`` load the compiled kernels and networks; the rest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from wsicodec import bitstream
-from wsicodec.bitstream import Mode, Tile
+from wsicodec.bitstream import LearnedHeader, Mode, Tile
 from wsicodec.codec.constant import decode_constant, encode_constant, is_constant
-from wsicodec.codec.protocol import Image, TileInfo
-from wsicodec.errors import FormatError, SettingsError, UnknownModelError
+from wsicodec.codec.options import LearnedSettings
+from wsicodec.codec.protocol import DEFAULT_QUALITY, Image, TileInfo
+from wsicodec.errors import FormatError, UnknownModelError
+from wsicodec.models.encoder import gain_beside
 from wsicodec.models.store import decoder_of_prefix, encoder_of, find_model, models
 from wsicodec.settings import compute_slot
 
 BATCH_PIXELS = 2**19
 """Pixels that one run of onnxruntime's networks takes at most: eight tiles of 256."""
-DEFAULT = 70
 TRY_ALL_MODES = 8
 """Effort from which other modes are tried on tiles that look like tissue, too."""
 _PAYLOAD_CODECS = {
@@ -89,55 +89,9 @@ class LearnedCodec:
             info.bytes,
             model=prefix,
             model_name=record.name if record else None,
-            quality=_quality_of(prefix, tile.learned.gain),
+            quality=_quality_of(tile.learned),
             gain=tile.learned.gain,
         )
-
-
-@dataclass(frozen=True)
-class LearnedSettings:
-    """Options of the learned codec, checked."""
-
-    model: str = "he-fast"
-    effort: int = 5
-    tune: str = "ssim"
-    target_psnr: float | None = None
-    target_ssim: float | None = None
-    modes: str = "auto"
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> LearnedSettings:
-        """Settings from keyword options, or SettingsError."""
-        names = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in names:
-                raise SettingsError(
-                    f"learned codec has no option {name!r}; known: {', '.join(sorted(names))}"
-                )
-        s = cls(**options)
-        if isinstance(s.effort, bool) or not isinstance(s.effort, (int, np.integer)):
-            raise SettingsError(f"effort must be an integer, not {s.effort!r}")
-        if not 1 <= s.effort <= 9:
-            raise SettingsError(f"effort {s.effort} is not within 1 ... 9")
-        if s.tune not in ("ssim", "psnr"):
-            raise SettingsError(f"tune must be 'ssim' or 'psnr', not {s.tune!r}")
-        if s.modes not in ("auto", "learned"):
-            raise SettingsError(f"modes must be 'auto' or 'learned', not {s.modes!r}")
-        if not isinstance(s.model, str):
-            raise SettingsError(f"model must be a name or digest, not {s.model!r}")
-        if s.target_psnr is not None and s.target_ssim is not None:
-            raise SettingsError("target_psnr and target_ssim exclude each other")
-        for name, value, low, high in (
-            ("target_psnr", s.target_psnr, 10, 60),
-            ("target_ssim", s.target_ssim, 0.1, 0.99999),
-        ):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise SettingsError(f"{name} must be a number, not {value!r}")
-            if not low <= value <= high:
-                raise SettingsError(f"{name} must be within {low} ... {high}, not {value}")
-        return s
 
 
 def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
@@ -206,15 +160,16 @@ def decode_alike(tiles: Sequence[Tile], outs: list[Image] | None) -> list[Image]
     return outs
 
 
-def _quality_of(prefix: str, gain: int) -> int | None:
-    """The lowest quality whose gain is at least ``gain``, where the encoder is installed; the
+def _quality_of(header: LearnedHeader) -> int | None:
+    """The lowest quality whose gain is at least the tile's, where the encoder is installed; the
     default quality where it has that gain too."""
     try:
-        _, encoder = encoder_of(find_model(prefix))
+        decoder, encoder = encoder_of(find_model(header.model.hex()))
     except UnknownModelError:
         return None
-    if gain == encoder.quality_gain[DEFAULT - 1]:
-        return DEFAULT
+    gain = header.gain - gain_beside(decoder, encoder, header.tilt)
+    if gain == encoder.quality_gain[DEFAULT_QUALITY - 1]:
+        return DEFAULT_QUALITY
     return min(int(np.searchsorted(encoder.quality_gain, gain)), 99) + 1
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import LearnedHeader, Mode, Tile
 from wsicodec.codec.adaptive import adaptive_steps
-from wsicodec.codec.analysis import analyse, bands_of
+from wsicodec.codec.analysis import bands_of
 from wsicodec.codec.cell import (
     STEPS,
     CellJob,
@@ -32,8 +32,9 @@ from wsicodec.codec.cosine import BANDS
 from wsicodec.codec.protocol import Image
 from wsicodec.entropy.kernel import Decoder, Encoder
 from wsicodec.errors import TruncatedError, UnknownModelError
-from wsicodec.models.decoder import Z_PEAK, DecoderModel
-from wsicodec.models.encoder import EncoderModel
+from wsicodec.models.decoder import GAINS, Z_PEAK, DecoderModel
+from wsicodec.models.encoder import EncoderModel, gain_beside
+from wsicodec.models.factors import Factors
 from wsicodec.models.lattice import lattice_positions
 
 LANES_LOG2 = 2
@@ -57,20 +58,21 @@ class Search:
     strength: of the adaptive step, 0 (best PSNR) ... 1.
     lagrange: bits that a squared error of one step is worth; infinite: nearest levels.
     rgb: 0 weighs errors as the model's steps do, luma first; 1 as squared errors of RGB.
-    analysis: share of the analysis network's correction that is applied; 0 leaves it out.
     hyper: let the network choose hyper-latents; all but the adaptive step are zero otherwise.
     passes: passes over the symbols. All but the first know what correction the decoder's chain
     makes of the symbols of the pass before, and aim at what it leaves to be coded.
     aim: share of the chain's correction that they count on.
+    tilt: of steps of channels against one another, 0 (as SSIM has them) ... 16 (squared error of
+        RGB).
     """
 
     strength: float
     lagrange: float
     rgb: float = 0.0
-    analysis: float = 1.0
     hyper: bool = True
     passes: int = 1
     aim: float = 1.0
+    tilt: int = 0
 
     def worth(self, rgb_energy: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Lagrange multiplier of each channel, given the RGB energy of a step in it."""
@@ -79,7 +81,7 @@ class Search:
 
 def usual_search(encoder: EncoderModel) -> Search:
     """The search that a model's encoder was made for."""
-    return Search(encoder.step_strength, encoder.lagrange, encoder.rgb)
+    return Search(encoder.step_strength, encoder.lagrange, encoder.rgb, tilt=encoder.tilt)
 
 
 def decode_tile(tile: Tile, model: DecoderModel) -> Image:
@@ -112,13 +114,15 @@ def decode_tiles(tiles: Sequence[Tile], model: DecoderModel, outs: Sequence[Imag
         views = [o[top : top + shape.height, left : left + shape.width] for o in outs]
         if model.fused is None:
             cells = read_cells(
-                model, streams, [h.gain for h in headers], [t[n] for t in turns],
-                headers[0].stages, shape,
+                model, streams, [h.gain for h in headers], [h.tilt for h in headers],
+                [t[n] for t in turns], headers[0].stages, shape,
             )  # fmt: skip
             synthesise(model, cells, views)
             continue
         for stream, header, turn, view in zip(streams, headers, turns, views, strict=True):
-            decode_cell(model, stream, header.gain, turn[n], header.stages, shape, view)
+            decode_cell(
+                model, stream, header.gain, header.tilt, turn[n], header.stages, shape, view
+            )
     for stream in streams:
         stream.finish()
 
@@ -165,7 +169,6 @@ class CodedTile:
     """A coded tile, and what its decoder makes of it."""
 
     tile: Tile
-    gain: int
     search: Search
     cells: list[CodedCell]
     model: DecoderModel
@@ -203,11 +206,16 @@ class TileEncoder:
         ]
 
     def encode(self, gain: int, search: Search | None = None) -> CodedTile:
-        """The tile at a gain index; ``search`` None takes the encoder's own."""
+        """The tile at a gain index; ``search`` None takes the encoder's own.
+
+        Where the search has another tilt than the encoder's own, the tile's gain index is the one
+        at which steps are as large.
+        """
         model, encoder = self.model, self.encoder
         if search is None:
             search = usual_search(encoder)
         limit = max(1, int((encoder.stage_gain <= gain).sum()))
+        gain = min(max(gain + gain_beside(model, encoder, search.tilt), 0), GAINS - 1)
         cells = [cell.encode(gain, limit, search) for cell in self._cells]
         a = model.architecture
         # trailing stages without means and without symbols decode to nothing: leave them out
@@ -225,11 +233,11 @@ class TileEncoder:
                 break
             stages, payload = stages - 1, shorter
         cells = [cell.cut(stages, a.channels_of(stages)) for cell in cells]
-        header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2)
+        header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2, search.tilt)
         height, width = self.image.shape[:2]
         turns = b"".join(struct.pack("<3b", *cell.latents.turn) for cell in cells)
         tile = Tile(Mode.LEARNED, height, width, turns + payload, header)
-        return CodedTile(tile, gain, search, cells, model)
+        return CodedTile(tile, search, cells, model)
 
     def _stream(self, cells: Sequence[CodedCell], stages: int) -> bytes:
         stream = Encoder(self.model.tables, 1 << LANES_LOG2)
@@ -249,23 +257,20 @@ class CellEncoder:
         self.bands = bands_of(pixels, shape, model)
         # one turn for all gains: another one means other classes, and with them a step in quality
         self.turn = self.bands.turn() if encoder.turned else PLAIN
-        self.linear = self.bands.latents(model, self.turn)
+        self.latents = self.bands.latents(model, self.turn)
 
     def encode(self, gain: int, stages: int, search: Search) -> CodedCell:
         """The cell's symbols at a gain index, ``stages`` stages of them."""
         a = self.model.architecture
-        y = analyse(self.linear, self.shape, self.encoder, gain, search.analysis)
-        z = self._hyper(y, gain, search)
-        cell = self._code(y, z, gain, stages, search)
+        z = self._hyper(gain, search)
+        cell = self._code(self.latents, z, gain, stages, search)
         for _ in range(1, search.passes):
-            target = y.copy()
+            target = self.latents.copy()
             target[: a.context_channels] -= np.float32(search.aim) * self._correction(cell.latents)
             cell = self._code(target, z, gain, stages, search)
         return cell
 
-    def _hyper(
-        self, y: npt.NDArray[np.float32], gain: int, search: Search
-    ) -> npt.NDArray[np.int32]:
+    def _hyper(self, gain: int, search: Search) -> npt.NDArray[np.int32]:
         """Hyper-latents: the adaptive step, then what the network makes of the latents."""
         a = self.model.architecture
         rows, columns = self.shape.latents
@@ -273,7 +278,7 @@ class CellEncoder:
         z = np.zeros((a.z_channels, z_rows, z_columns), np.int32)
         z[0] = adaptive_steps(self.pixels, search.strength)
         if search.hyper:
-            head = y[: a.context_channels].reshape(-1, rows, columns)
+            head = self.latents[: a.context_channels].reshape(-1, rows, columns)
             if (rows, columns) != (2 * z_rows, 2 * z_columns):
                 pad = ((0, 0), (0, 2 * z_rows - rows), (0, 2 * z_columns - columns))
                 head = np.pad(head, pad, mode="edge")
@@ -288,12 +293,12 @@ class CellEncoder:
         change = (correction.astype(np.float32) - 128) * (STEPS / np.float32(64))[cell.gains, None]
         return np.asarray(change.T)
 
-    def _rgb_energy(self) -> npt.NDArray[np.float32]:
+    def _rgb_energy(self, factors: Factors) -> npt.NDArray[np.float32]:
         """(channels,): squared RGB error of a step's error in each channel, 1 in the middle of the
         leading ones."""
         matrix = self.model.colours.astype(np.float64) @ rotation(self.turn).T
         planes = (matrix**2).sum(0)[self.model.order // BANDS]
-        energy = planes * self.model.inverse_gain**2
+        energy = planes * factors.inverse_gain**2
         return np.asarray(energy / np.exp(np.log(energy[:LEADING]).mean()), np.float32)
 
     def _code(
@@ -306,7 +311,8 @@ class CellEncoder:
     ) -> CodedCell:
         """The symbols of given latents and hyper-latents."""
         model, a = self.model, self.model.architecture
-        worth = search.worth(self._rgb_energy())
+        factors = model.factors[search.tilt]
+        worth = search.worth(self._rgb_energy(factors))
         symbols: list[Coded] = []
         saved: dict[int, float] = {}
 
@@ -320,18 +326,18 @@ class CellEncoder:
             channels = a.stages[k].channels
             where = lattice_positions(a.stages[k].lattice, *self.shape.latents)
             levels = quantise_stage(
-                model, k, y[channels], where, classes, means, gains, worth[channels],
+                model, factors, k, y[channels], where, classes, means, gains, worth[channels],
                 1 << LANES_LOG2,
             )  # fmt: skip
             symbols.append((levels, classes))
             unseen = k >= a.mean_stages and a.stages[k].first >= a.context_channels
             if unseen and np.isfinite(search.lagrange):
                 saved[k] = errors_saved(
-                    model, y[channels], where, levels, gains, channels, worth[channels]
+                    factors, y[channels], where, levels, gains, channels, worth[channels]
                 )
             return levels
 
-        job = CellJob(gain, self.turn, hyper_source, stage_source)
+        job = CellJob(gain, search.tilt, self.turn, hyper_source, stage_source)
         return CodedCell(symbols, code_cells(model, [job], stages, self.shape)[0], saved)
 
 

@@ -12,6 +12,7 @@ from wsicodec.bitstream import MAX_SIDE
 from wsicodec.errors import LimitError, SettingsError, UnsupportedError
 
 Image = npt.NDArray[np.uint8]
+DEFAULT_QUALITY = 70
 
 
 @dataclass(frozen=True)

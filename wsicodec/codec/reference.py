@@ -33,7 +33,7 @@ from wsicodec.codec.headers import (
     jpegxl_size,
     webp_size,
 )
-from wsicodec.codec.protocol import Codec, Image, TileInfo
+from wsicodec.codec.protocol import DEFAULT_QUALITY, Codec, Image, TileInfo
 from wsicodec.errors import (
     FormatError,
     RuntimeMissingError,
@@ -92,8 +92,9 @@ def _number(low: float, high: float) -> Check:
 
 
 def _piecewise(quality: int, low: float, default: float, high: float) -> float:
-    """The line through ``low`` at quality 1, ``default`` at 70 and ``high`` at 100."""
-    return float(np.interp(quality, (1, 70, 100), (low, default, high)))
+    """The line through ``low`` at quality 1, ``default`` at the default quality and ``high`` at
+    100."""
+    return float(np.interp(quality, (1, DEFAULT_QUALITY, 100), (low, default, high)))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wsicodec.bitstream import MAX_TILT
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.errors import ModelError
 from wsicodec.models import container
+from wsicodec.models.factors import MAX_FACTOR, TILT_PEAK, Factors, tilted
 from wsicodec.models.fused import FusedModel
 from wsicodec.models.lattice import PHASES
 from wsicodec.models.networks import Cells, FusedCells, GraphCells, GraphSet, fused_model
@@ -36,8 +38,6 @@ GAIN_PEAK = 2.0**16
 MIN_DETERMINANT = 1e-3
 COLOUR_PEAK = 2.0**4
 LEVEL_PEAK = 2.0**10
-MAX_MEAN_FACTOR = 2**21
-MAX_CONTEXT_FACTOR = 2**21
 
 Array = npt.NDArray[Any]
 
@@ -140,7 +140,10 @@ def _is_int(value: object) -> bool:
 
 
 class DecoderModel:
-    """Everything that turns symbols into pixels. Immutable; safe to share between threads."""
+    """Everything that turns symbols into pixels. Immutable; safe to share between threads.
+
+    factors: what symbols are multiplied by, for each tilt of a tile, 0 ... 16.
+    """
 
     def __init__(self, file: container.ModelFile, *, fused: bool = True) -> None:
         """fused: run the networks as compiled programs where this machine can."""
@@ -158,25 +161,27 @@ class DecoderModel:
         )
         self.z_classes = file.tensor("z_classes", "uint8", (GAINS, a.z_channels))
         with_means = a.channels_of(a.mean_stages)
-        self.mean_factor = file.tensor("mean_factor", "int32", (with_means,)).astype(np.int64)
-        self.context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
-        self.inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
+        mean_factor = file.tensor("mean_factor", "int32", (with_means,)).astype(np.int64)
+        context_factor = file.tensor("context_factor", "int32", (contexts,)).astype(np.int64)
+        inverse_gain = file.tensor("inverse_gain", "float32", (a.channels,))
+        tilt = np.zeros(a.channels, np.int8)
+        if "tilt" in file.tensors:
+            tilt = file.tensor("tilt", "int8", (a.channels,))
         self.order = file.tensor("order", "uint16", (a.channels,))
         self.colours = file.tensor("colours", "float32", (3, 3))
         self.mean = file.tensor("mean", "float32", (3,))
         self.lapping = file.tensor("lapping", "float32", (8, 8))
         if self.z_classes.min() < 1 or self.z_classes.max() > 127:
             raise ModelError("a class of hyper-latents is not within 1 ... 127")
-        for factor, top in (
-            (self.mean_factor, MAX_MEAN_FACTOR),
-            (self.context_factor, MAX_CONTEXT_FACTOR),
-        ):
-            if factor.size and (factor.min() < 1 or factor.max() >= top):
+        for factor in (mean_factor, context_factor):
+            if factor.size and (factor.min() < 1 or factor.max() >= MAX_FACTOR):
                 raise ModelError("an integer factor is out of range")
+        if np.abs(tilt.astype(int)).max() > TILT_PEAK:
+            raise ModelError("a model's tilt is out of range")
         if len(np.unique(self.order)) < a.channels or self.order.max() >= samples:
             raise ModelError("the order of latents is not one of frequencies")
         for floats, peak in (
-            (self.inverse_gain, GAIN_PEAK), (self.colours, COLOUR_PEAK), (self.mean, LEVEL_PEAK)
+            (inverse_gain, GAIN_PEAK), (self.colours, COLOUR_PEAK), (self.mean, LEVEL_PEAK)
         ):  # fmt: skip
             if not (np.abs(floats) <= peak).all():  # false for what is no number
                 raise ModelError("a model tensor is not finite or out of range")
@@ -188,6 +193,8 @@ class DecoderModel:
             and np.abs(lapping @ lapping.T - np.eye(8)).max() <= LAPPING_TOLERANCE
         ):
             raise ModelError("the lapping matrix is not orthogonal")
+        plain = Factors(mean_factor, context_factor, inverse_gain, np.zeros(a.channels, np.int64))
+        self.factors = tuple(tilted(plain, tilt, share) for share in range(MAX_TILT + 1))
         self._graphs = file.graphs
         self._prove(file)
         self.graphs = self._graph_set(eight_bit=True)

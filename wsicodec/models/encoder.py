@@ -1,4 +1,4 @@
-"""An encoder model: the networks that choose latents. It decides nothing a decoder must know.
+"""An encoder model: how symbols are chosen. It decides nothing a decoder must know.
 
 Kept apart from the decoder model, so that a better encoder leaves the identity of decoders, and
 all files written before, as they are.
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wsicodec.bitstream import MAX_TILT
 from wsicodec.errors import ModelError
 from wsicodec.models import container
-from wsicodec.models.decoder import GAINS
+from wsicodec.models.decoder import GAINS, DecoderModel
+from wsicodec.models.factors import gain_of_level
 from wsicodec.models.proof import FLOAT_OPERATORS, check_operators
 from wsicodec.models.session import GraphRunner
 
@@ -23,17 +25,16 @@ Decibels = npt.NDArray[np.float64]
 
 
 class EncoderModel:
-    """Analysis networks and rate map of one decoder model.
+    """Hyper-analysis network and rate map of one decoder model.
 
     quality_gain: (100,) gain index of each quality 1 ... 100, never decreasing.
     stage_gain: (stages,) smallest gain index at which each stage is coded.
     turned: whether colour planes are turned, cell by cell.
-    corrected: leading latents that the analysis network corrects.
-    analysis: (linear, plane) -> what to add to the leading latents of the linear transform, in
-    steps; plane holds the gain index.
-    hyper_analysis: (y, plane) -> hyper-latents before rounding, all but the first channel.
+    hyper_analysis: (y, plane) -> hyper-latents before rounding, all but the first channel; y holds
+    the leading latents, plane the gain index.
     step_strength: of the adaptive step (the first channel), 0 ... 1.
     lagrange: bits that a squared error of one step is worth.
+    tilt: of tiles, 0 ... 16.
     rgb: how errors are weighed, 0 (as the model's steps do, luma first) ... 1 (as those of RGB).
     typical_psnr, typical_ssim: (256,) decibels that tissue usually has at each gain index, SSIM as
     ``-10 log10(1 - SSIM)``; never decreasing.
@@ -53,16 +54,12 @@ class EncoderModel:
             raise ModelError("the gains of an encoder's qualities decrease")
         if self.quality_gain.max() >= GAINS:
             raise ModelError("a gain is out of range")
-        corrected = file.header.get("corrected")
-        if (
-            not isinstance(corrected, int)
-            or isinstance(corrected, bool)
-            or not 1 <= corrected <= 768
-        ):
-            raise ModelError("encoder model does not say how many latents it corrects")
-        self.corrected = corrected
         self.step_strength = _share(file.header, "step_strength")
         self.rgb = _share({"rgb": 0.0, **file.header}, "rgb")
+        tilt = file.header.get("tilt", 0)
+        if not isinstance(tilt, int) or isinstance(tilt, bool) or not 0 <= tilt <= MAX_TILT:
+            raise ModelError(f"encoder model has no tilt within 0 ... {MAX_TILT}")
+        self.tilt = tilt
         lagrange = file.header.get("lagrange")
         if isinstance(lagrange, bool) or not isinstance(lagrange, (int, float)) or lagrange <= 0:
             raise ModelError("encoder model has no positive lagrange multiplier")
@@ -72,10 +69,9 @@ class EncoderModel:
             raise ModelError("encoder model does not say whether planes are turned")
         self.turned = turned
         self.typical_psnr, self.typical_ssim = _typical(file)
-        for name in ("analysis", "hyper_analysis"):
-            check_operators(file.graph(name), FLOAT_OPERATORS, f"encoder/{name}")
-        self.analysis = GraphRunner(file.graph("analysis"))
-        self.hyper_analysis = GraphRunner(file.graph("hyper_analysis"))
+        graph = file.graph("hyper_analysis")
+        check_operators(graph, FLOAT_OPERATORS, "encoder/hyper_analysis")
+        self.hyper_analysis = GraphRunner(graph)
 
 
 def _share(header: dict[str, Any], name: str) -> float:
@@ -97,6 +93,11 @@ def _typical(file: container.ModelFile) -> tuple[Decibels, Decibels]:
     at = np.linspace(0, GAINS - 1, rows.shape[1])
     psnr, ssim = (np.interp(np.arange(GAINS), at, row) for row in rows)
     return psnr, ssim
+
+
+def gain_beside(decoder: DecoderModel, encoder: EncoderModel, tilt: int) -> int:
+    """Gain indices that a tilt takes above the encoder's own one, for steps as large."""
+    return gain_of_level(decoder.factors[tilt]) - gain_of_level(decoder.factors[encoder.tilt])
 
 
 def load_encoder(data: bytes) -> EncoderModel:

@@ -178,9 +178,7 @@ class _Store:
                 encoder = load_encoder(record.encoder_path.read_bytes())
                 if encoder.decoder_digest != decoder.digest:
                     raise ModelError(f"{record.encoder_path}: made for another decoder")
-                if encoder.corrected > decoder.architecture.channels:
-                    raise ModelError(f"{record.encoder_path}: corrects latents that are not there")
-                if not abs(decoder.inverse_gain).min() > 0:
+                if not abs(decoder.factors[0].inverse_gain).min() > 0:
                     raise ModelError(f"{record.path}: a latent's gain is infinite")
                 self._encoders[record.digest] = encoder
             return decoder, self._encoders[record.digest]
