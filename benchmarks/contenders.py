@@ -74,7 +74,11 @@ REFERENCES: dict[str, Contender] = {
     ),
 }
 
-LEARNED: dict[str, dict[str, Any]] = {"learned": {}, "learned-psnr": {"tune": "psnr"}}
+LEARNED: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "learned-ssim": {"tune": "ssim"},
+    "learned-psnr": {"tune": "psnr"},
+}
 """Ways to use a learned model, by codec name: the options of each beside the model."""
 
 CODECS = (*REFERENCES, *LEARNED)

@@ -11,7 +11,8 @@ Per image: bits per pixel count every byte of every tile's stream with all heade
 the squared error pooled over the tiles; SSIM and MS-SSIM are means over the tiles. Figures at a
 target, and BD-rates, are found on each image's curve and then averaged over images.
 
-The learned model has two curves: ``learned`` as it is, ``learned-psnr`` with ``tune="psnr"``.
+The learned model has three curves: ``learned`` as it is, ``learned-ssim`` and ``learned-psnr`` with
+``tune="ssim"`` and ``tune="psnr"``.
 
 The JSON file:
 

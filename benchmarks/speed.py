@@ -431,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         choices=CODECS,
         default=[*REFERENCES, "learned"],
-        help="default: all but learned-psnr",
+        help="default: all but the other tunes",
     )
     parser.add_argument("--models", nargs="+", help="learned models; default: the default one")
     parser.add_argument("--tile", type=int, default=256, help="tile side in pixels (256)")

@@ -342,20 +342,21 @@ def test_every_codec_has_points_enough_for_a_bd_rate() -> None:
 
 
 def test_learned_curves_of_a_model_and_their_titles() -> None:
-    chosen = contenders(["learned", "learned-psnr", "avif"], ["he-fast"])
+    chosen = contenders(["learned", "learned-ssim", "learned-psnr", "avif"], ["he-fast"])
     assert chosen["learned"].options == {"model": "he-fast"}
     assert chosen["learned-psnr"].options == {"model": "he-fast", "tune": "psnr"}
     assert titles({label: c.as_dict() for label, c in chosen.items()}) == {
         "learned": "he-fast",
+        "learned-ssim": "he-fast, tune=ssim",
         "learned-psnr": "he-fast, tune=psnr",
         "avif": "avif",
     }
 
 
-def test_both_learned_curves_are_drawn_by_default() -> None:
+def test_all_learned_curves_are_drawn_by_default() -> None:
     options = rate_distortion.parse_arguments(["--images", str(ROOT), "--json", "x"])
     assert tuple(options.codecs) == CODECS
-    assert {"learned", "learned-psnr", "jpeg420"} < set(CODECS)
+    assert {"learned", "learned-ssim", "learned-psnr", "jpeg420"} < set(CODECS)
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:

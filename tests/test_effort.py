@@ -85,10 +85,12 @@ def test_bytes_at_equal_quality_fall(curves: dict[Any, np.ndarray], tune: str) -
     assert bytes_of[7] < bytes_of[6] + 0.005
 
 
-def test_tunes_win_what_they_are_for(curves: dict[Any, np.ndarray]) -> None:
-    by_ssim, by_psnr = curves["ssim", 5], curves["psnr", 5]
+def test_tunes_win_what_they_are_for(curves: dict[tuple[str, int], np.ndarray]) -> None:
+    balanced, by_ssim, by_psnr = (curves[tune, 5] for tune in TUNES)
     assert fewer(by_ssim, by_psnr, 1) < -0.02
     assert fewer(by_ssim, by_psnr, 2) > 0.02
+    assert fewer(balanced, by_psnr, 1) < -0.005 and fewer(balanced, by_ssim, 1) > 0.005
+    assert fewer(balanced, by_ssim, 2) < -0.005 and fewer(balanced, by_psnr, 2) > 0.005
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

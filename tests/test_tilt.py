@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import wsicodec
 from wsicodec.bitstream import MAX_TILT, parse
 from wsicodec.codec.network import Search, TileEncoder, decode_tile, usual_search
+from wsicodec.codec.options import TUNES
 from wsicodec.errors import ModelError
 from wsicodec.metrics import psnr
 from wsicodec.models import container
@@ -159,6 +160,6 @@ def test_an_encoder_brings_its_tilt() -> None:
 
 def test_quality_is_told_whatever_the_tilt(pixels: np.ndarray) -> None:
     image = np.ascontiguousarray(pixels[:64, :64])
-    for tune in ("ssim", "psnr"):
+    for tune in TUNES:
         data = wsicodec.encode(image, quality=70, tune=tune, modes="learned")
         assert wsicodec.probe(data).quality == 70

@@ -41,8 +41,8 @@ class LearnedCodec:
         """A tile of the mode that suits the image: constant, learned, or another codec's stream.
 
         Options: ``model``, a name or digest; ``effort``, 1 (fastest) ... 9 (fewest bytes at equal
-        quality), 5 unless given; ``tune``, "ssim" (finer steps where the eye and SSIM are
-        sensitive) or "psnr" (nearly uniform steps, errors weighed as RGB); ``target_psnr`` (dB) or
+        quality), 5 unless given; ``tune``, "balanced", "ssim" (finer steps where SSIM of luma is
+        sensitive) or "psnr" (nearly even steps, errors weighed as RGB); ``target_psnr`` (dB) or
         ``target_ssim`` in place of quality, reached with at most three encodes (up to effort 6)
         where the finest quality reaches it; ``modes``, "auto" (other modes for content that is not
         tissue, where they are smaller; effort 8 and 9 try them on all tiles) or "learned" (no

@@ -12,7 +12,8 @@ from wsicodec.errors import SettingsError
 
 DEFAULT_EFFORT = 5
 MAX_EFFORT = 9
-TUNES = ("ssim", "psnr")
+TUNES = ("balanced", "ssim", "psnr")
+"""What an encoder aims at; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class LearnedSettings:
 
     model: str = "he-fast"
     effort: int = DEFAULT_EFFORT
-    tune: str = "ssim"
+    tune: str = TUNES[0]
     target_psnr: float | None = None
     target_ssim: float | None = None
     modes: str = "auto"
@@ -41,7 +42,7 @@ class LearnedSettings:
         if not 1 <= s.effort <= MAX_EFFORT:
             raise SettingsError(f"effort {s.effort} is not within 1 ... {MAX_EFFORT}")
         if s.tune not in TUNES:
-            raise SettingsError(f"tune must be {' or '.join(map(repr, TUNES))}, not {s.tune!r}")
+            raise SettingsError(f"tune must be one of {', '.join(TUNES)}, not {s.tune!r}")
         if s.modes not in ("auto", "learned"):
             raise SettingsError(f"modes must be 'auto' or 'learned', not {s.modes!r}")
         if not isinstance(s.model, str):
