@@ -8,6 +8,7 @@ channels, so that what is lost is lost by rounding alone.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -396,7 +397,7 @@ def test_an_encoder_without_the_filter_misses() -> None:
     digest = hashlib.sha256(file).digest()[:4]
     wrong = type(tile)(
         tile.mode, tile.height, tile.width, tile.payload,
-        type(learned)(digest, learned.gain, learned.stages, learned.lanes_log2),
+        dataclasses.replace(learned, model=digest),
     )  # fmt: skip
     outs = [np.empty(image.shape, np.uint8)]
     decode_tiles([wrong], decoder, outs)

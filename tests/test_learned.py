@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import wsicodec
 from wsicodec.bitstream import HEADER_BYTES, LEARNED_BYTES, parse
 from wsicodec.codec.adaptive import adaptive_steps
+from wsicodec.codec.options import TUNES
 from wsicodec.metrics import psnr, ssim
 
 QUALITIES = (1, 10, 30, 50, 70, 85, 95, 100)
@@ -92,9 +93,13 @@ def test_probe_tells_what_was_asked(pixels: np.ndarray) -> None:
         assert info.quality == quality and info.model_name == "he-fast"
 
 
-def test_overhead_is_24_bytes(pixels: np.ndarray) -> None:
-    data = wsicodec.encode(pixels[:64, :64])
-    assert len(data) - len(parse(data).payload) == HEADER_BYTES + LEARNED_BYTES == 24
+def test_overhead_is_24_bytes_and_one_for_a_tilt(pixels: np.ndarray) -> None:
+    assert HEADER_BYTES + LEARNED_BYTES == 24
+    for tune in TUNES:
+        data = wsicodec.encode(pixels[:64, :64], tune=tune)
+        tile = parse(data)
+        assert tile.learned is not None
+        assert len(data) - len(tile.payload) == 24 + (tile.learned.tilt > 0)
 
 
 def test_batches_decode_like_single_tiles(pixels: np.ndarray) -> None:

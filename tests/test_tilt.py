@@ -84,7 +84,10 @@ def test_both_ways_to_run_networks_agree(
 
 def test_without_a_tilt_all_is_as_before(model: DecoderModel, tissue: Any) -> None:
     image = tissue(64, 64)
-    decoder, encoder = encoder_of(find_model("he-fast"))
+    record = find_model("he-fast")
+    assert record.encoder_path is not None
+    decoder, encoder = encoder_of(record)[0], load_encoder(record.encoder_path.read_bytes())
+    encoder.stage_gain[:] = 0
     search = Search(0.4, 10.0, tilt=0)
     ours = TileEncoder(image, model, encoder).encode(60, search)
     # gains are compared at the encoder's own tilt, which differs between the models
@@ -134,6 +137,18 @@ def test_a_tilt_moves_errors_between_channels(encoder: EncoderModel, tissue: Any
 
     even, full = (tile.encode(60, Search(0.0, 10.0, tilt=t)) for t in (0, MAX_TILT))
     assert colour_error(full) < colour_error(even)
+
+
+def test_batches_of_several_tilts_decode_like_single_tiles(pixels: np.ndarray) -> None:
+    crops = [np.ascontiguousarray(pixels[y : y + 64, :96]) for y in range(0, 640, 64)]
+    tiles = [
+        wsicodec.encode(crop, tune=TUNES[i % len(TUNES)], modes="learned")
+        for i, crop in enumerate(crops)
+    ]
+    for threads in (1, 2):
+        batch = wsicodec.decode_batch(tiles, threads=threads)
+        for image, tile in zip(batch, tiles, strict=True):
+            np.testing.assert_array_equal(image, wsicodec.decode(tile))
 
 
 @pytest.mark.parametrize("value", [TILT_PEAK + 1, -TILT_PEAK - 1, -128])

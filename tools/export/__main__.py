@@ -27,7 +27,7 @@ from tools.train.images import Sampler, load_sources
 from tools.train.tables import fitted_tables
 from wsicodec.bitstream import MAX_TILT
 from wsicodec.codec.network import decode_tile, encode_tile
-from wsicodec.models.decoder import load_decoder
+from wsicodec.models.decoder import GAINS, load_decoder
 from wsicodec.models.encoder import load_encoder
 from wsicodec.models.factors import gain_of_level
 
@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     tables, z_classes = net.search.tables, hyper_classes(net)
     first = decoder_file(net, header, tables, z_classes)
     decoder = load_decoder(first)
-    beside = gain_of_level(decoder.factors[arguments.tilt])
+    beside, full = (gain_of_level(decoder.factors[t]) for t in (arguments.tilt, MAX_TILT))
+    most = GAINS - 1 - max(full - beside, 0)  # so that no tilt asks for a finer gain than there is
     diagnostic, last_stage = arguments.diagnostic_gain + beside, LAST_STAGE_GAIN + beside
-    qualities = quality_gains(arguments.diagnostic_gain, beside)
+    qualities = quality_gains(arguments.diagnostic_gain, beside, most)
     sampler = Sampler(load_sources(Path(arguments.data)), 256, 7)
 
     def encoder_of(decoder_bytes: bytes, typical: Any = None) -> bytes:

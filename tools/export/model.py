@@ -133,15 +133,22 @@ def encoder_file(
 
 
 def quality_gains(
-    diagnostic: int, beside: int = 0, low: int = 2, archive: int = 112, high: int = 236
+    diagnostic: int,
+    beside: int = 0,
+    most: int = GAINS - 1,
+    low: int = 2,
+    archive: int = 112,
+    high: int = 236,
 ) -> Array:
     """(100,) gains that never decrease: ``diagnostic`` at the default quality, ``archive`` (an SSIM
-    of 0.99) at 90. ``beside`` comes to all of them, for what a tilt makes steps coarser.
+    of 0.99) at 90. ``beside`` comes to all of them, for what a tilt makes steps coarser; none is
+    above ``most``.
 
     Every second gain alone: a single step of a 32nd octave can be lost in what the search of
     symbols finds by luck, and size or PSNR fall by a trifle where quality rises.
     """
     quality = np.arange(1, 101)
+    high = min(high, most - beside)
     gains = np.interp(quality, [1, DEFAULT_QUALITY, 90, 100], [low, diagnostic, archive, high])
-    even = diagnostic + 2 * np.round((gains - diagnostic) / 2).astype(int)
-    return np.minimum(even + beside, GAINS - 1)
+    even = diagnostic + 2 * np.floor((gains - diagnostic) / 2).astype(int)
+    return np.clip(even + beside, 0, most)

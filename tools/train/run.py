@@ -19,12 +19,10 @@ from tools.train.machine import Machine
 from tools.train.network import GAIN_STEPS_PER_OCTAVE, TileNetwork, gain_of
 from tools.train.settings import NetworkSettings, TrainSettings
 from wsicodec.entropy.tables import SymbolTables
+from wsicodec.models.factors import LEADING
 
 OUTLIER = 6.0
 """Batches whose gradient norm exceeds the recent median by this factor are skipped."""
-
-LEADING = 64
-"""Latents whose mean step distortions are weighed by."""
 
 NORMS = 200
 """Recent gradient norms kept, of low and of high rates."""

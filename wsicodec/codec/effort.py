@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from wsicodec.bitstream import MAX_TILT
 from wsicodec.codec.network import CodedTile, Search, TileEncoder, usual_search
 from wsicodec.codec.options import DEFAULT_EFFORT, MAX_EFFORT
+from wsicodec.models.decoder import GAINS
 from wsicodec.models.encoder import EncoderModel
 
 SHIFT, SCALE = 0.15, 1.25
@@ -22,7 +23,6 @@ SSIM_TILT = 4
 """Less of a tilt gives SSIM next to nothing, and takes 5 % from squared error."""
 PROBE = 4
 """Gain indices between the two tiles that tell how bytes and quality rise."""
-MOST_GAIN = 255
 MOST_GUESSES = 2
 """Gain indices at which a search is tried."""
 
@@ -60,7 +60,7 @@ def _plain(tune: str, encoder: EncoderModel) -> Search:
         strength = min(usual.strength + 0.25, 1.0)
         return replace(usual, strength=strength, rgb=0.0, tilt=min(usual.tilt, SSIM_TILT))
     if tune == "psnr":
-        return Search(0.5 * usual.strength, 0.8 * usual.lagrange, rgb=0.5, tilt=MAX_TILT)
+        return Search(0.5 * usual.strength, 0.8 * usual.lagrange, rgb=1.0, tilt=MAX_TILT)
     return usual
 
 
@@ -80,11 +80,16 @@ Quality = Callable[[CodedTile], float]
 
 
 def encode_best(
-    tile: TileEncoder, gain: int, effort: Effort, quality: Quality, first: CodedTile | None = None
+    tile: TileEncoder,
+    gain: int,
+    effort: Effort,
+    quality: Quality,
+    first: CodedTile | None = None,
+    most: int = GAINS - 1,
 ) -> CodedTile:
     """The tile that costs least at the quality that the first search has at ``gain``.
 
-    first: what the first search gives there, where it is known.
+    first: what the first search gives there, where it is known. most: the finest gain.
 
     Its quality is never below that one's, and less than a gain index above it. Bytes at equal
     quality come from how bytes and quality of the first search rise with the gain.
@@ -94,7 +99,7 @@ def encode_best(
     if not effort.others:
         return first
     wanted = quality(first)
-    step = PROBE if gain + PROBE <= MOST_GAIN else -PROBE
+    step = PROBE if gain + PROBE <= most else -PROBE
     probe = tile.encode(gain + step, effort.first)
     rise = (quality(probe) - wanted) / step
     growth = math.log(len(probe.data) / len(first.data)) / step
@@ -111,5 +116,5 @@ def encode_best(
             cost = math.log(len(coded.data)) - apart / rise * growth
             if 0 <= apart < rise and cost < least:
                 best, least = coded, cost
-            near = min(max(math.ceil(near - apart / rise), 0), MOST_GAIN)
+            near = min(max(math.ceil(near - apart / rise), 0), most)
     return best

@@ -42,11 +42,11 @@ class LearnedCodec:
 
         Options: ``model``, a name or digest; ``effort``, 1 (fastest) ... 9 (fewest bytes at equal
         quality), 5 unless given; ``tune``, "balanced", "ssim" (finer steps where SSIM of luma is
-        sensitive) or "psnr" (nearly even steps, errors weighed as RGB); ``target_psnr`` (dB) or
-        ``target_ssim`` in place of quality, reached with at most three encodes (up to effort 6)
-        where the finest quality reaches it; ``modes``, "auto" (other modes for content that is not
-        tissue, where they are smaller; effort 8 and 9 try them on all tiles) or "learned" (no
-        other mode but constant).
+        sensitive) or "psnr" (nearly even steps, colour as fine as RGB asks for); ``target_psnr``
+        (dB) or ``target_ssim`` in place of quality, reached with at most three encodes (up to
+        effort 6) where the finest quality reaches it; ``modes``, "auto" (other modes for content
+        that is not tissue, where they are smaller; effort 8 and 9 try them on all tiles) or
+        "learned" (no other mode but constant).
         """
         settings = LearnedSettings.of(options)
         with compute_slot():
@@ -91,6 +91,7 @@ class LearnedCodec:
             model_name=record.name if record else None,
             quality=_quality_of(tile.learned),
             gain=tile.learned.gain,
+            tilt=tile.learned.tilt,
         )
 
 
@@ -120,12 +121,13 @@ def _encode(image: Image, quality: int, settings: LearnedSettings) -> bytes:
         coded = tile.encode(gain, effort.first)
         return decibels(coded), coded
 
-    gain, first = int(encoder.quality_gain[quality - 1]), None
+    gain, most = (int(encoder.quality_gain[q - 1]) for q in (quality, 100))
+    first = None
     if target is not None:
         typical = encoder.typical_psnr + typical_shift(image) if by_psnr else encoder.typical_ssim
-        found: Trial[CodedTile] = reach(target, trial, typical, int(encoder.quality_gain[-1]))
+        found: Trial[CodedTile] = reach(target, trial, typical, most)
         gain, first = found.gain, found.coded
-    coded = encode_best(tile, gain, effort, decibels, first)
+    coded = encode_best(tile, gain, effort, decibels, first, most)
     if settings.modes == "learned":
         return coded.data
     reasons = suspicions(image)

@@ -34,14 +34,11 @@ from wsicodec.entropy.kernel import Decoder, Encoder
 from wsicodec.errors import TruncatedError, UnknownModelError
 from wsicodec.models.decoder import GAINS, Z_PEAK, DecoderModel
 from wsicodec.models.encoder import EncoderModel, gain_beside
-from wsicodec.models.factors import Factors
+from wsicodec.models.factors import LEADING, Factors
 from wsicodec.models.lattice import lattice_positions
 
 LANES_LOG2 = 2
 TURN_BYTES = 3
-LEADING = 64
-"""Channels that set the level of errors in RGB."""
-
 STAGE_WORTH = 1.3
 """Bits that a stage's errors must be worth to the search, for each that it takes. A finer gain for
 all stages often has the better exchange, up to 2 for SSIM; more than this makes quality jump where
@@ -57,7 +54,7 @@ class Search:
 
     strength: of the adaptive step, 0 (best PSNR) ... 1.
     lagrange: bits that a squared error of one step is worth; infinite: nearest levels.
-    rgb: 0 weighs errors as the model's steps do, luma first; 1 as squared errors of RGB.
+    rgb: 0 weighs errors as the steps do; 1 as squared errors of RGB.
     hyper: let the network choose hyper-latents; all but the adaptive step are zero otherwise.
     passes: passes over the symbols. All but the first know what correction the decoder's chain
     makes of the symbols of the pass before, and aim at what it leaves to be coded.
@@ -169,7 +166,6 @@ class CodedTile:
     """A coded tile, and what its decoder makes of it."""
 
     tile: Tile
-    search: Search
     cells: list[CodedCell]
     model: DecoderModel
 
@@ -209,7 +205,7 @@ class TileEncoder:
         """The tile at a gain index; ``search`` None takes the encoder's own.
 
         Where the search has another tilt than the encoder's own, the tile's gain index is the one
-        at which steps are as large.
+        at which steps of the leading channels are as large, in the mean.
         """
         model, encoder = self.model, self.encoder
         if search is None:
@@ -233,11 +229,12 @@ class TileEncoder:
                 break
             stages, payload = stages - 1, shorter
         cells = [cell.cut(stages, a.channels_of(stages)) for cell in cells]
-        header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2, search.tilt)
+        tilt = 0 if model.factors[search.tilt].plain else search.tilt
+        header = LearnedHeader(model.digest[:4], gain, stages, LANES_LOG2, tilt)
         height, width = self.image.shape[:2]
         turns = b"".join(struct.pack("<3b", *cell.latents.turn) for cell in cells)
         tile = Tile(Mode.LEARNED, height, width, turns + payload, header)
-        return CodedTile(tile, search, cells, model)
+        return CodedTile(tile, cells, model)
 
     def _stream(self, cells: Sequence[CodedCell], stages: int) -> bytes:
         stream = Encoder(self.model.tables, 1 << LANES_LOG2)

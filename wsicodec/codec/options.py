@@ -1,4 +1,4 @@
-"""Options of the learned codec, checked; light, so that they can be refused before it loads."""
+"""Options of the learned codec, checked."""
 
 from __future__ import annotations
 

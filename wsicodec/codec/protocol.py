@@ -23,7 +23,8 @@ class TileInfo:
     ``constant``, ``lossless`` ... for wsicodec tiles; equal to codec for others).
     height, width: pixels. bytes: length of the stream.
     model: hex of the digest prefix in the tile; model_name: its name where installed.
-    quality: 1 ... 100 as near as the tile tells, gain: gain index; None where not learned.
+    quality: 1 ... 100 as near as the tile tells; gain: gain index; tilt: 0 ... 16, gains of one
+    tilt can be compared; None where not learned.
     """
 
     codec: str
@@ -35,6 +36,7 @@ class TileInfo:
     model_name: str | None = None
     quality: int | None = None
     gain: int | None = None
+    tilt: int | None = None
 
 
 class Codec(Protocol):

@@ -35,7 +35,7 @@ class EncoderModel:
     step_strength: of the adaptive step (the first channel), 0 ... 1.
     lagrange: bits that a squared error of one step is worth.
     tilt: of tiles, 0 ... 16.
-    rgb: how errors are weighed, 0 (as the model's steps do, luma first) ... 1 (as those of RGB).
+    rgb: how errors are weighed, 0 (as steps do) ... 1 (as those of RGB).
     typical_psnr, typical_ssim: (256,) decibels that tissue usually has at each gain index, SSIM as
     ``-10 log10(1 - SSIM)``; never decreasing.
     """

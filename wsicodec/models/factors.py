@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 TILT_PEAK = 32
 MAX_FACTOR = 2**21
 LEADING = 64
-"""Channels whose steps are what a gain index is felt as."""
+"""Channels whose mean step is what a gain index is felt as."""
 
 # docs/format.md, "Gain": round(2**15 * 2**(i / 32)), literals of the format
 OCTAVE_TABLE = np.array(

@@ -539,5 +539,5 @@ def _chain_convolution(
     return _Levels(len(w.integers), FLOAT)
 
 
-FLOAT_OPERATORS = frozenset(("Conv", "Relu", "Add", "Mul", "Concat", "Cast", "Slice"))
+FLOAT_OPERATORS = frozenset(("Conv", "Relu", "Mul", "Concat", "Cast"))
 """Operators of encoder networks, whose results decide no probability."""

@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from wsicodec.errors import ModelError, UnknownModelError
 from wsicodec.models import container
 from wsicodec.models.decoder import DecoderModel, load_decoder
@@ -178,7 +180,9 @@ class _Store:
                 encoder = load_encoder(record.encoder_path.read_bytes())
                 if encoder.decoder_digest != decoder.digest:
                     raise ModelError(f"{record.encoder_path}: made for another decoder")
-                if not abs(decoder.factors[0].inverse_gain).min() > 0:
+                with np.errstate(divide="ignore", over="ignore"):
+                    gains = [1 / f.inverse_gain for f in decoder.factors]
+                if not np.isfinite(gains).all():
                     raise ModelError(f"{record.path}: a latent's gain is infinite")
                 self._encoders[record.digest] = encoder
             return decoder, self._encoders[record.digest]
