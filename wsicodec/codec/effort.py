@@ -57,10 +57,10 @@ def _plain(tune: str, encoder: EncoderModel) -> Search:
     """
     usual = usual_search(encoder)
     if tune == "ssim":
-        strength = min(usual.strength + 0.25, 1.0)
+        strength = min(usual.strength + 0.3, 1.0)
         return replace(usual, strength=strength, rgb=0.0, tilt=min(usual.tilt, SSIM_TILT))
     if tune == "psnr":
-        return Search(0.5 * usual.strength, 0.8 * usual.lagrange, rgb=1.0, tilt=MAX_TILT)
+        return Search(0.5 * usual.strength, usual.lagrange, rgb=1.0, tilt=MAX_TILT)
     return usual
 
 
