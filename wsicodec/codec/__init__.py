@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -187,29 +188,24 @@ def _groups(tiles: Sequence[Tile | None], workers: int) -> list[list[int]]:
 
 def _share_out(groups: Sequence[list[int]], run: Callable[[list[int]], None], workers: int) -> None:
     """Run all groups, each worker taking the next when it has done one: cores are never equally
-    free. This thread is one of the workers. Raises what the first group to fail raised."""
-    waiting, lock = iter(groups), threading.Lock()
-    failures: list[BaseException] = []
+    free. Raises what a group raised; no other is begun after that."""
+    if workers == 1 or len(groups) == 1:
+        for group in groups:
+            run(group)
+        return
+    failed = threading.Event()
 
-    def work() -> None:
-        while not failures:
-            with lock:
-                group = next(waiting, None)
-            if group is None:
-                return
-            try:
-                run(group)
-            except BaseException as failure:
-                failures.append(failure)
+    def unless_failed(group: list[int]) -> None:
+        if failed.is_set():
+            return
+        try:
+            run(group)
+        except BaseException:
+            failed.set()
+            raise
 
-    helpers = [threading.Thread(target=work) for _ in range(min(workers, len(groups)) - 1)]
-    for helper in helpers:
-        helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(min(workers, len(groups))) as pool:
+        list(pool.map(unless_failed, groups))
 
 
 def _decode_group(

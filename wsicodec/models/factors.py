@@ -5,6 +5,7 @@ docs/format.md, "Gain", "Stages" and "Tilt".
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Factors:
     inverse_gain: Array
     shift: Array
 
-    @property
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether classes are what the networks say."""
         return not self.shift.any()
