@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from wsicodec.slide.reader import SlideReader
+from wsicodec.slide.opening import open_slide
 
 ROOT = Path(__file__).parent.parent
 CMU = ROOT / "wsicodec" / "data" / "cmu-1-small-region.svs"
@@ -36,7 +36,7 @@ def data_slide(name: str) -> Path:
 @functools.cache
 def tissue(height: int, width: int, y: int = 1000, x: int = 800) -> np.ndarray:
     """Real pixels of the bundled slide."""
-    with SlideReader(CMU) as slide:
+    with open_slide(CMU) as slide:
         image = slide.read_region(0, y, x, height, width)
     image.flags.writeable = False
     return image

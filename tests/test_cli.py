@@ -17,7 +17,7 @@ from slides import CMU, ROOT, nothing_left, tissue, write_svs
 
 from wsicodec.cli import demo, doctor, main
 from wsicodec.models import find_model
-from wsicodec.slide.reader import SlideReader
+from wsicodec.slide.opening import open_slide
 
 COMMANDS = ["convert", "info", "verify", "export", "models list", "doctor", "demo"]
 
@@ -93,7 +93,7 @@ class TestConvert:
         captured = capsys.readouterr()
         assert "level 0: 420 x 300" in captured.out
         assert "SSIM" in captured.out
-        assert "not kept: thumbnail, label, macro" in captured.out
+        assert "kept beside the pyramid: thumbnail, label, macro" in captured.out
         assert captured.err == ""  # no bar without a terminal
 
     def test_for_machines(
@@ -109,7 +109,7 @@ class TestConvert:
         assert [level["width"] for level in report["levels"]] == [420, 210, 105]
         assert report["quality"]["tiles"] == 12 + 4 + 1
         assert report["target_bytes"] == target.stat().st_size
-        with SlideReader(target) as slide:
+        with open_slide(target) as slide:
             assert slide.info.record is not None
             assert slide.info.record.options == {"subsampling": "444"}
             assert slide.levels[0].tile_width == 128
@@ -131,10 +131,10 @@ class TestConvert:
             (b"", [], "SlideError"),
             (b"no slide", [], "SlideError"),
             (CMU.read_bytes()[:4000], [], "SlideError"),
-            (..., ["--codec", "copy"], "UnsupportedError"),
+            (..., ["--codec", "jpegxl", "--lossless-transcode"], "UnsupportedError"),
             (..., ["--model", "none-such"], "UnknownModelError"),
         ],
-        ids=["missing", "empty", "no slide", "cut", "copy", "unknown model"],
+        ids=["missing", "empty", "no slide", "cut", "no JPEG", "unknown model"],
     )
     def test_failures(
         self,
@@ -229,9 +229,10 @@ def test_export_flat(jpeg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     target = tmp_path / "flat.tif"
     assert main(["export", str(jpeg), str(target), "--layout", "flat", "--json"]) == 0
     assert _json(capsys)["quality_setting"] == 90
-    with tifffile.TiffFile(target) as file:
-        assert len(file.pages) == 2
-        assert file.pages[1].is_reduced
+    with open_slide(target) as slide:
+        assert slide.info.format == "svs"  # as it came: its words and its thumbnail are still there
+        assert len(slide.levels) == 2
+        assert slide.info.associated == ("thumbnail", "label", "macro")
 
 
 def test_models_list(capsys: pytest.CaptureFixture[str]) -> None:

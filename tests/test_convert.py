@@ -41,8 +41,9 @@ from wsicodec.convert import (
     output,
     verify,
 )
+from wsicodec.convert.blocks import area_average
 from wsicodec.convert.ordered import in_order
-from wsicodec.convert.pipeline import area_average
+from wsicodec.convert.work import work_folder
 from wsicodec.errors import (
     SettingsError,
     SlideError,
@@ -53,7 +54,7 @@ from wsicodec.errors import (
 )
 from wsicodec.models import find_model
 from wsicodec.plugins.tifffile import TIFF_COMPRESSION_TAG
-from wsicodec.slide.reader import SlideReader
+from wsicodec.slide.opening import open_slide
 
 LOSSLESS = {"codec": "learned", "options": {"lossless": True}}  # our tiles, needs no model
 
@@ -84,7 +85,7 @@ class TestPixels:
         """Black padding would cost bits and bleed into the last pixels."""
         target = tmp_path / "a.ome.tiff"
         convert(svs, target, ConvertSettings(**LOSSLESS, tile_size=256))
-        with SlideReader(target) as slide:
+        with open_slide(target) as slide:
             tile = wsicodec.decode(slide.tile_bytes(0, 1, 1))
         assert tile.shape == (256, 256, 3)
         image = tissue(333, 450)
@@ -114,11 +115,18 @@ class TestPixels:
         assert report.quality is not None
         assert report.quality.psnr_mean > 25
 
-    @pytest.mark.parametrize("tile_size", [16, 48, 256])
-    def test_averaged_levels(self, svs: Path, tmp_path: Path, tile_size: int) -> None:
-        """From original pixels, each level the area average of the one before."""
+    @pytest.mark.parametrize(
+        ("tile_size", "block_size"),
+        [(16, 16), (16, 32), (16, 64), (16, 2048), (48, 100), (256, 2048), (256, 256)],
+    )
+    def test_averaged_levels(
+        self, svs: Path, tmp_path: Path, tile_size: int, block_size: int
+    ) -> None:
+        """From original pixels, each level the area average of the one before, in one pass or in
+        several."""
         target = tmp_path / "a.ome.tiff"
-        convert(svs, target, ConvertSettings(**LOSSLESS, tile_size=tile_size, levels=4))
+        settings = ConvertSettings(**LOSSLESS, tile_size=tile_size, levels=4, block_size=block_size)
+        convert(svs, target, settings)
         expected = tissue(333, 450)
         with tifffile.TiffFile(target) as file:
             shapes = [level.shape[:2] for level in file.series[0].levels]
@@ -166,7 +174,7 @@ class TestPixels:
 class TestMetadata:
     def test_is_kept(self, svs: Path, tmp_path: Path) -> None:
         convert(svs, tmp_path / "a.ome.tiff", ConvertSettings(codec="jpeg"))
-        with SlideReader(tmp_path / "a.ome.tiff") as slide:
+        with open_slide(tmp_path / "a.ome.tiff") as slide:
             info = slide.info
         assert (info.mpp_x, info.mpp_y, info.magnification) == (0.2527, 0.2527, 40)
         assert info.icc_profile == ICC
@@ -181,7 +189,7 @@ class TestMetadata:
         convert(svs, first, ConvertSettings(**LOSSLESS))
         export(first, second, ConvertSettings(codec="jpeg", quality=95, layout="flat"))
         convert(second, third, ConvertSettings(codec="jpegxl"))
-        with SlideReader(third) as slide:
+        with open_slide(third) as slide:
             info = slide.info
         assert info.mpp_x == pytest.approx(0.2527, rel=1e-6)
         assert info.magnification == 40
@@ -190,16 +198,30 @@ class TestMetadata:
         assert info.history == ("jpeg q70", "jpeg quality 95", "jpegxl quality 70")
         assert len(info.levels) == 2
 
+    def test_images_beside_the_pyramid_are_kept(self, svs: Path, tmp_path: Path) -> None:
+        target = tmp_path / "a.ome.tiff"
+        report = convert(svs, target, ConvertSettings(codec="jpeg"))
+        assert (report.associated, report.dropped) == (("thumbnail", "label", "macro"), ())
+        with open_slide(svs) as slide, open_slide(target) as written:
+            assert written.info.associated == slide.info.associated
+            for name in slide.info.associated:
+                np.testing.assert_array_equal(
+                    written.read_associated(name).pixels, slide.read_associated(name).pixels
+                )
+
     def test_dropped_images_are_reported(self, svs: Path, tmp_path: Path) -> None:
-        report = convert(svs, tmp_path / "a.ome.tiff", ConvertSettings(codec="jpeg"))
-        assert report.dropped == ("thumbnail", "label", "macro")
+        settings = ConvertSettings(codec="jpeg", associated=False)
+        report = convert(svs, tmp_path / "a.ome.tiff", settings)
+        assert (report.associated, report.dropped) == ((), ("thumbnail", "label", "macro"))
+        with open_slide(tmp_path / "a.ome.tiff") as slide:
+            assert slide.info.associated == ()
 
     def test_learned_file_names_and_carries_its_model(self, svs: Path, tmp_path: Path) -> None:
         model = find_model("he-fast")
         target = tmp_path / "a.ome.tiff"
         report = convert(svs, target, ConvertSettings(embed_model=True, quality=30))
         assert report.model is not None
-        with SlideReader(target) as slide:
+        with open_slide(target) as slide:
             assert slide.info.record is not None
             (identity,) = slide.info.record.models
             assert (identity.name, identity.sha256) == (model.name, model.digest)
@@ -222,7 +244,7 @@ class TestRealSlides:
     def test_jpeg2000_svs(self, tmp_path: Path) -> None:
         """A J2K slide's own levels, read and written without loss."""
         source = data_slide("tcga-cr-7395-01a-01-ts1.svs")
-        with SlideReader(source) as slide:
+        with open_slide(source) as slide:
             level = slide.levels[1]
             cropped = tmp_path / "crop.tif"
             tifffile.imwrite(
@@ -235,7 +257,7 @@ class TestRealSlides:
         target = tmp_path / "a.ome.tiff"
         report = convert(source, target, ConvertSettings(codec="jpeg", tile_size=512))
         assert [level.tiles for level in report.levels] == [7 * 9, 4 * 5]
-        with SlideReader(source) as slide, SlideReader(target) as written:
+        with open_slide(source) as slide, open_slide(target) as written:
             assert written.info.icc_profile == slide.info.icc_profile
             assert written.info.description == slide.info.description
             assert written.info.mpp_x is None
@@ -280,7 +302,6 @@ class TestSettings:
         ("settings", "error"),
         [
             ({"codec": "gif"}, SettingsError),
-            ({"codec": "copy"}, UnsupportedError),
             ({"codec": "avif"}, UnsupportedError),
             ({"quality": 0}, SettingsError),
             ({"quality": 101}, SettingsError),
@@ -294,7 +315,12 @@ class TestSettings:
             ({"measure": "some"}, SettingsError),
             ({"layout": "cube"}, SettingsError),
             ({"jobs": 0}, SettingsError),
-            ({"in_flight": 0}, SettingsError),
+            ({"glass": "melt"}, SettingsError),
+            ({"floor_ssim": 1.5}, SettingsError),
+            ({"floor_psnr": "40"}, SettingsError),
+            ({"codec": "copy", "quality": 50}, SettingsError),
+            ({"codec": "copy", "glass": "drop"}, SettingsError),
+            ({"codec": "jpeg", "lossless_transcode": True}, SettingsError),
             ({"cache_bytes": -1}, SettingsError),
         ],
         ids=str,
@@ -325,7 +351,7 @@ class TestSettings:
         nothing_left(tmp_path)
 
     def test_plan(self, svs: Path, tmp_path: Path) -> None:
-        with SlideReader(svs) as slide:
+        with open_slide(svs) as slide:
             plan = make_plan(slide.info, tmp_path / "a.tiff", ConvertSettings("jpeg", levels=3))
         assert [level.source for level in plan.levels] == [0, None, None]
         assert plan.tiles == 4 + 1 + 1
@@ -481,14 +507,16 @@ class TestFailuresLeaveNothing:
 
         def stop_at(tile: int) -> Callable[[ConvertProgress], None]:
             def stop(progress: ConvertProgress) -> None:
-                assert any(p.name.endswith(f".{os.getpid()}.part") for p in tmp_path.iterdir())
-                if progress.tiles_done == tile:
+                assert work_folder(target).is_dir()
+                if progress.tiles_done >= tile:
                     raise error
 
             return stop
 
         for tile in (1, 4, 9):
-            settings = ConvertSettings("jpeg", tile_size=128, levels=levels, overwrite=True)
+            settings = ConvertSettings(
+                "jpeg", tile_size=128, levels=levels, overwrite=True, block_size=128
+            )
             with pytest.raises(error):
                 convert(svs, target, settings, stop_at(tile))
             assert target.read_bytes() == b"the former file"
@@ -626,9 +654,14 @@ class TestVerify:
         with pytest.raises(VerifyError, match="not its source"):
             verify(converted, CMU)
 
-    def test_averaged_levels_have_no_counterpart(self, svs: Path, tmp_path: Path) -> None:
-        convert(svs, tmp_path / "a.ome.tiff", ConvertSettings(codec="jpeg", levels=3))
-        assert verify(tmp_path / "a.ome.tiff", svs).not_compared == (1, 2)
+    def test_averaged_levels_are_averaged_anew(self, svs: Path, tmp_path: Path) -> None:
+        target = tmp_path / "a.ome.tiff"
+        made = convert(svs, target, ConvertSettings(codec="jpeg", levels=3))
+        report = verify(target, svs)
+        assert report.not_compared == ()
+        for index, level in enumerate(made.levels):
+            assert level.quality is not None
+            assert report.quality[index].psnr_mean == pytest.approx(level.quality.psnr_mean)
 
     def test_tile_of_a_model_that_the_file_does_not_name(self, svs: Path, tmp_path: Path) -> None:
         target = tmp_path / "a.ome.tiff"

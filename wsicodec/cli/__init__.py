@@ -13,11 +13,33 @@ from types import FrameType
 from typing import NoReturn
 
 from wsicodec import __version__
-from wsicodec.cli import convert, demo, doctor, export, info, models, verify
+from wsicodec.cli import (
+    convert,
+    convert_batch,
+    demo,
+    doctor,
+    export,
+    info,
+    models,
+    report,
+    restore,
+    verify,
+)
 from wsicodec.cli.common import EXIT_CODES, Exit, print_json
 from wsicodec.errors import SettingsError, VerifyError, WsicodecError
 
-_COMMANDS = (convert, info, verify, export, models, doctor, demo)
+_COMMANDS = (
+    convert,
+    convert_batch,
+    info,
+    verify,
+    report,
+    export,
+    restore,
+    models,
+    doctor,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WsicodecError as error:
         return _fail(arguments, error, Exit.FAILED)
     except KeyboardInterrupt:
-        print("wsicodec: interrupted; nothing half-written is left", file=sys.stderr)
+        left = "nothing half-written is left"
+        if getattr(arguments, "resume", False):
+            left = "finished blocks are kept: the same command goes on with them"
+        print(f"wsicodec: interrupted; {left}", file=sys.stderr)
         return Exit.INTERRUPTED
     except BrokenPipeError:
         # whoever read the output has gone; keep the interpreter from complaining at its end

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from wsicodec.report.text import size_text
+
 if TYPE_CHECKING:
     from wsicodec.convert import ConvertProgress, ConvertReport
     from wsicodec.metrics import QualitySummary
@@ -74,7 +76,7 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
+def add_option(parser: argparse._ActionsContainer) -> None:
     """``--option NAME=VALUE`` of the codec, repeatable."""
     parser.add_argument(
         "--option",
@@ -119,16 +121,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def size_text(count: int) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
-
-
 def quality_text(summary: QualitySummary) -> str:
     """Mean and worst PSNR and SSIM in one line."""
     worst = summary.ssim_worst
@@ -144,11 +136,24 @@ def print_report(report: ConvertReport) -> None:
     """What a conversion did, for people."""
     ratio = report.target_bytes / report.source_bytes
     print(f"{report.target}: {size_text(report.target_bytes)}, {ratio:.1%} of the source")
+    if ratio > 1 and report.codec != "copy":
+        print("  larger than the source: --codec copy would keep its own tiles")
     for level in report.levels:
         line = f"  level {level.index}: {level.width} x {level.height}, {level.tiles} tiles, "
         line += size_text(level.coded_bytes)
         print(line if level.quality is None else f"{line}; {quality_text(level.quality)}")
+    if report.tissue_share is not None:
+        print(f"  tissue: {report.tissue_share:.1%} of the slide")
+    if report.modes:
+        print("  tiles: " + ", ".join(f"{count} {mode}" for mode, count in report.modes.items()))
+    floors = [("SSIM", report.floor_ssim), ("PSNR", report.floor_psnr)]
+    if asked := [f"{name} {value:g}" for name, value in floors if value is not None]:
+        print(f"  below the floor of {' and '.join(asked)}: {report.below_floor} tiles")
+    if report.removed:
+        print(f"  removed: {', '.join(report.removed)}")
     print(f"  {report.seconds:.1f} s, {report.megapixels_per_second:.1f} Mpx/s")
+    if report.associated:
+        print(f"  kept beside the pyramid: {', '.join(report.associated)}")
     if report.dropped:
         print(f"  not kept: {', '.join(report.dropped)}")
 
@@ -197,6 +202,8 @@ def convert_bar(title: str, *, quiet: bool) -> Iterator[Callable[[ConvertProgres
             seconds = max(time.perf_counter() - started, 1e-6)
             speed = progress.pixels_done / 1e6 / seconds
             note = f"{speed:.1f} Mpx/s, {size_text(progress.bytes_done)}"
+            if progress.bytes_saved > 0:
+                note += f", {size_text(progress.bytes_saved)} saved"
             advance(progress.tiles_done, progress.tiles, note)
 
         yield update

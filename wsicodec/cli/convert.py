@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from wsicodec.cli.common import (
     Exit,
@@ -16,6 +17,9 @@ from wsicodec.cli.common import (
     print_report,
 )
 
+if TYPE_CHECKING:
+    from wsicodec.convert import ConvertSettings
+
 CODEC_NAMES = ("learned", "jpeg", "jpeg2000", "jpegxl", "webp", "lossless", "copy")
 PRESET_NAMES = ("preview", "diagnostic", "archive")
 
@@ -26,17 +30,35 @@ def add(commands: Subparsers) -> None:
         commands,
         "convert",
         run,
-        summary="convert a slide to a pyramidal OME-TIFF",
+        summary="convert a slide to a pyramidal OME-TIFF or OME-Zarr",
         example=(
             "wsicodec convert slide.svs slide.ome.tiff\n"
-            "wsicodec convert slide.svs slide.ome.tiff --preset archive --levels 6 --measure"
+            "wsicodec convert slide.svs slide.ome.tiff --glass drop --floor-ssim 0.95\n"
+            "wsicodec convert slide.ndpi slide.ome.zarr --preset archive --levels 6\n"
+            "wsicodec convert slide.svs copy.ome.tiff --codec copy --deidentify"
         ),
     )
-    parser.add_argument("input", help="SVS, OME-TIFF, or tiled or stripped TIFF; 8-bit RGB")
-    parser.add_argument("output", help="OME-TIFF to write; it appears when it is complete")
-    parser.add_argument("--codec", choices=CODEC_NAMES, default="learned", help="default: learned")
-    parser.add_argument("--model", default="he-fast", help="for learned (default: he-fast)")
-    quality = parser.add_mutually_exclusive_group()
+    parser.add_argument("input", help="slide of any format that wsicodec reads; 8-bit RGB")
+    parser.add_argument(
+        "output", help="OME-TIFF, or OME-Zarr when it ends in .zarr; it appears when it is complete"
+    )
+    add_convert_options(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an earlier run with the same options was stopped or killed, and keep "
+        "what is finished when this one is",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_jobs(parser)
+
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what comes out of a conversion, one slide's or many slides'."""
+    coding = parser.add_argument_group("coding")
+    coding.add_argument("--codec", choices=CODEC_NAMES, default="learned", help="default: learned")
+    coding.add_argument("--model", default="he-fast", help="for learned (default: he-fast)")
+    quality = coding.add_mutually_exclusive_group()
     quality.add_argument(
         "--quality", type=int, metavar="N", help="1 ... 100, the same scale for all (default: 70)"
     )
@@ -54,58 +76,131 @@ def add(commands: Subparsers) -> None:
     quality.add_argument(
         "--target-psnr", type=float, metavar="DB", help="learned: the same by PSNR in dB"
     )
-    parser.add_argument(
+    coding.add_argument(
+        "--floor-ssim",
+        type=float,
+        metavar="X",
+        help="code tiles whose SSIM is below X again, better, until they reach it",
+    )
+    coding.add_argument(
+        "--floor-psnr", type=float, metavar="DB", help="the same by PSNR in dB; both may be given"
+    )
+    coding.add_argument(
         "--effort",
         type=int,
         metavar="N",
         help="1 (fast) ... 9 (fewest bytes at equal quality) for learned; jpegxl has 1 ... 10",
     )
-    add_option(parser)
-    parser.add_argument(
+    coding.add_argument(
+        "--lossless-transcode",
+        action="store_true",
+        help="jpegxl: pack JPEG tiles so that `wsicodec restore` gives the same bytes back",
+    )
+    add_option(coding)
+    coding.add_argument(
+        "--measure",
+        nargs="?",
+        const="all",
+        choices=("none", "sample", "all"),
+        default="all",
+        help="decode tiles and record PSNR and SSIM: of all (default), 64 of each level, or none",
+    )
+    glass = parser.add_argument_group("glass")
+    glass.add_argument(
+        "--glass",
+        choices=("keep", "fill", "drop"),
+        default="keep",
+        help="keep codes glass like all else (default); fill gives it the slide's own background "
+        "colour; drop also stores tiles without tissue only once",
+    )
+    glass.add_argument(
+        "--tissue",
+        choices=("network", "otsu"),
+        default="network",
+        help="how tissue is told from glass (default: network)",
+    )
+    layout = parser.add_argument_group("file")
+    layout.add_argument(
         "--tile-size", type=int, default=256, metavar="N", help="multiple of 16 (default: 256)"
     )
-    parser.add_argument(
+    layout.add_argument(
         "--levels",
         type=levels,
         default="source",
         metavar="source|N",
         help="code the source's own levels, or make N levels, each half the one before",
     )
-    parser.add_argument(
-        "--measure",
-        nargs="?",
-        choices=("none", "sample", "all"),
-        const="all",
-        default="none",
-        help="decode tiles and report PSNR and SSIM: all of them, or a sample of 64 per level",
+    layout.add_argument(
+        "--layout",
+        choices=("subifd", "flat"),
+        default="subifd",
+        help="subifd: OME-TIFF; flat: one directory a level, for readers that see only level 0 of "
+        "an OME-TIFF",
     )
-    parser.add_argument(
-        "--embed-model", action="store_true", help="carry the model inside the file (a few MB)"
+    layout.add_argument(
+        "--embed-model",
+        action=argparse.BooleanOptionalAction,
+        help="carry the model inside the file (default: where it makes up a hundredth at most)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    add_jobs(parser)
+    layout.add_argument(
+        "--associated",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep label, macro and thumbnail (default)",
+    )
+    layout.add_argument(
+        "--deidentify",
+        action="store_true",
+        help="drop the label and all that names a person, place, time or device",
+    )
+    layout.add_argument(
+        "--macro",
+        choices=("drop", "blank"),
+        default="drop",
+        help="what --deidentify does to the macro image: leave it out, or blank its label's end",
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command."""
+def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSettings:
+    """Settings by the options of ``add_convert_options``; more: others, by name."""
     from wsicodec.codec import DEFAULT_QUALITY, TARGETS
-    from wsicodec.convert import PRESETS, ConvertSettings, convert
+    from wsicodec.convert import PRESETS, ConvertSettings
 
     quality = DEFAULT_QUALITY if arguments.quality is None else arguments.quality
     options = dict(arguments.option)
     for name in ("effort", *TARGETS):
         if (value := getattr(arguments, name)) is not None:
             options[name] = value
-    settings = ConvertSettings(
+    return ConvertSettings(
         codec=arguments.codec,
         model=arguments.model,
         quality=PRESETS[arguments.preset] if arguments.preset else quality,
         options=options,
         tile_size=arguments.tile_size,
         levels=arguments.levels,
+        glass=arguments.glass,
+        tissue=arguments.tissue,
+        floor_ssim=arguments.floor_ssim,
+        floor_psnr=arguments.floor_psnr,
         measure=arguments.measure,
+        lossless_transcode=arguments.lossless_transcode,
+        associated=arguments.associated,
+        deidentify=arguments.deidentify,
+        macro=arguments.macro,
         embed_model=arguments.embed_model,
+        layout=arguments.layout,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from wsicodec.convert import convert
+
+    settings = settings_of(
+        arguments,
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
         jobs=arguments.jobs,
     )
     with convert_bar("converting", quiet=arguments.json) as bar:

@@ -17,16 +17,16 @@ from wsicodec.cli.common import (
     print_json,
     print_table,
     progress_bar,
-    size_text,
 )
 from wsicodec.errors import SettingsError, SlideError
+from wsicodec.report.text import size_text
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from wsicodec.metrics import QualitySummary
-    from wsicodec.slide.reader import SlideReader
+    from wsicodec.slide.protocol import SlideReader
 
     Image = npt.NDArray[np.uint8]
 
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from wsicodec.codec import CODECS
     from wsicodec.metrics import METRIC_ARGUMENTS
-    from wsicodec.slide.reader import SlideReader
+    from wsicodec.slide.opening import open_slide
 
     names = arguments.codecs.split(",")
     for name in names:
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SlideError(f"{folder}: cannot be made: {error.strerror}") from None
-    with SlideReader(DEMO_SLIDE) as slide:
+    with open_slide(DEMO_SLIDE) as slide:
         first = slide.levels[0]
         raw = first.height * first.width * 3
         with progress_bar("coding", quiet=arguments.json) as bar:

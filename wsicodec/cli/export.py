@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         levels=arguments.levels,
         overwrite=arguments.overwrite,
         layout=arguments.layout,
+        measure="none",
         jobs=arguments.jobs,
     )
     with convert_bar("exporting", quiet=arguments.json) as bar:

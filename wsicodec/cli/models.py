@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from pathlib import Path
 
 from wsicodec.cli.common import Exit, Subparsers, add_command, print_json, print_table
+
+_SHOWN = 4  # digests of a stranger's record in a message
 
 
 def add(commands: Subparsers) -> None:
@@ -30,32 +34,50 @@ def add(commands: Subparsers) -> None:
 
 def run_install(arguments: argparse.Namespace) -> int:
     """Run ``models install``."""
-    from pathlib import Path
-
-    from wsicodec.errors import ModelError, SlideError
+    from wsicodec.errors import SlideError, WsicodecError
     from wsicodec.models import install_model
-    from wsicodec.models.container import MAGIC, MAX_BYTES
 
     path = Path(arguments.file)
+    data = _model_of(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(len(MAGIC))
-            data = head + file.read(MAX_BYTES) if head == MAGIC else None
+        record = install_model(data)
+    except WsicodecError as error:
+        raise type(error)(f"{path}: {error}") from None
     except OSError as error:
-        raise SlideError(f"{path}: {error.strerror or error}") from None
-    if data is None:
-        from wsicodec.slide.reader import SlideReader
-
-        with SlideReader(path) as slide:
-            data = slide.embedded_model()
-        if data is None:
-            raise ModelError(f"{path}: carries no model")
-    record = install_model(data)
+        reason = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        raise SlideError(f"{path}: its model cannot be installed: {reason}") from None
     if arguments.json:
         print_json({"name": record.name, "digest": record.digest, "path": str(record.path)})
     else:
         print(f"{record.name} {record.digest} is installed: {record.path}")
     return Exit.OK
+
+
+def _model_of(path: Path) -> bytes:
+    """Bytes of a model file, or of the model that a slide carries."""
+    from wsicodec.errors import ModelError
+    from wsicodec.models.container import MAGIC, MAX_BYTES
+    from wsicodec.slide.opening import open_slide
+    from wsicodec.slide.pages import file_start, usable
+
+    with usable(path):
+        # a folder may be a slide in OME-Zarr
+        if not path.is_dir() and file_start(path, len(MAGIC)) == MAGIC:
+            with path.open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+    with open_slide(path) as slide:
+        data, record = slide.embedded_model(), slide.info.record
+    if data is None:
+        raise ModelError(f"{path}: carries no model")
+    digest = hashlib.sha256(data).hexdigest()
+    named = [] if record is None else [model.sha256 for model in record.models]
+    if digest not in named:
+        shown = ", ".join(f"{text!r:.70}" for text in named[:_SHOWN]) or "none"
+        raise ModelError(
+            f"{path}: carries the model {digest}, but its record names {shown}: it was changed "
+            "after it was written"
+        )
+    return data
 
 
 def run(arguments: argparse.Namespace) -> int:

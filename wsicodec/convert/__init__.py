@@ -2,8 +2,9 @@
 
 from wsicodec.codec import PRESETS
 from wsicodec.convert.export import export
-from wsicodec.convert.pipeline import ConvertProgress, ConvertReport, convert
+from wsicodec.convert.pipeline import convert
 from wsicodec.convert.plan import ConvertPlan, ConvertSettings, make_plan
+from wsicodec.convert.results import ConvertProgress, ConvertReport
 from wsicodec.convert.verify import VerifyReport, verify
 
 __all__ = [

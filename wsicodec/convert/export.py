@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wsicodec.convert.pipeline import ConvertReport, Progress, convert
+from wsicodec.convert.pipeline import convert
 from wsicodec.convert.plan import ConvertSettings
+from wsicodec.convert.results import ConvertReport, Progress
 from wsicodec.errors import SettingsError
 
 EXPORT_CODECS = ("jpeg", "jpeg2000", "jpegxl", "webp", "lossless")
@@ -30,7 +31,7 @@ def export(
 
     Raises SettingsError for ``codec="learned"``, else as ``convert``.
     """
-    chosen = settings or ConvertSettings(codec="jpeg", quality=EXPORT_QUALITY)
+    chosen = settings or ConvertSettings(codec="jpeg", quality=EXPORT_QUALITY, measure="none")
     if chosen.codec not in EXPORT_CODECS:
         raise SettingsError(
             f"export writes {', '.join(EXPORT_CODECS)}, not {chosen.codec!r}; use convert"

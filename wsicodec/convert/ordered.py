@@ -1,10 +1,10 @@
-"""Results of many tasks in order, computed by threads, a bounded number of them under way."""
+"""Results of many tasks, computed by threads, a bounded number of them under way."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,6 +24,28 @@ def in_order(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], limit: 
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def as_done(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], limit: int) -> Iterator[T]:
+    """Results of ``tasks`` as they get done, else as ``in_order``: none waits for a slower one."""
+    pending: set[Future[T]] = set()
+    waiting = iter(tasks)
+    more = True
+    try:
+        while more or pending:
+            while more and len(pending) < limit:
+                task = next(waiting, None)
+                if task is None:
+                    more = False
+                else:
+                    pending.add(pool.submit(task))
+            if pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
     finally:
         for future in pending:
             future.cancel()

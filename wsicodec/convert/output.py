@@ -51,7 +51,7 @@ def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
                 raise SlideError(
                     f"{target}: {part.name} exists: is it being written already?"
                 ) from None
-            raise _refused(target, error) from error
+            raise refused(target, error) from error
     except BaseException:
         # closing flushes, which fails again on a full disk
         with contextlib.suppress(OSError, ValueError):
@@ -64,7 +64,7 @@ def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     _sync_folder(target.parent)
 
 
-def _refused(target: Path, error: OSError) -> SlideError:
+def refused(target: Path, error: OSError) -> SlideError:
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return SlideError(f"{target}: cannot be written: {reason}")
 

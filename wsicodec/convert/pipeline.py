@@ -1,132 +1,65 @@
-"""Runs a conversion: reading, coding and measuring on all cores, writing in order.
+"""Runs a conversion: blocks are coded on all cores and kept beside the target, then written.
 
-One pool of threads does everything that costs time, tile by tile; the calling thread hands out
-tiles, takes results in order, and writes. A fixed number of tiles is under way at any moment, so
-memory follows the settings and, for averaged levels, the width of the slide, never its area.
+Coding and writing are apart so that a killed conversion can go on, that the file can say of each
+tile what became of it, and that the target has no trace of the order in which blocks got done.
+Memory follows the settings and the number of jobs, never the slide's size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import wsicodec
-from wsicodec.convert.ordered import in_order
-from wsicodec.convert.output import atomic_file
-from wsicodec.convert.plan import ConvertPlan, ConvertSettings, LevelPlan, make_plan
-from wsicodec.errors import UnsupportedError, WsicodecError
-from wsicodec.metrics import (
-    METRIC_ARGUMENTS,
-    QualitySummary,
-    TileQuality,
-    psnr,
-    ssim,
-    summarise,
+from wsicodec.convert.beside import Beside, SourceDigest
+from wsicodec.convert.blocks import Block, CodedBlock, area_of, blocks_of, pixels_in, tiles_in
+from wsicodec.convert.coders import (
+    BlockCoder,
+    Here,
+    Processes,
+    level_downsample,
+    settings_as_dict,
 )
-from wsicodec.slide.ometiff import CodedLevel, SlideMetadata, write_slide
-from wsicodec.slide.reader import SlideReader
-from wsicodec.slide.record import AREA_AVERAGE, FROM_SOURCE, FileRecord, ModelId
+from wsicodec.convert.ordered import as_done
+from wsicodec.convert.output import atomic_file
+from wsicodec.convert.plan import ConvertPlan, ConvertSettings, is_zarr, make_plan
+from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
+from wsicodec.convert.tiles import TileCoder
+from wsicodec.convert.work import Work
+from wsicodec.errors import UnsupportedError, VerifyError, WsicodecError
+from wsicodec.metrics import METRIC_ARGUMENTS, TileQuality, summarise
+from wsicodec.slide.ometiff import CodedLevel, write_slide
+from wsicodec.slide.opening import open_slide, open_tiles
+from wsicodec.slide.passport import Passport, mode_counts, summarise_level
+from wsicodec.slide.protocol import SlideReader
+from wsicodec.slide.record import (
+    AREA_AVERAGE,
+    FROM_SOURCE,
+    FileRecord,
+    FloorRecord,
+    GlassRecord,
+    ModelId,
+    SourceIdentity,
+)
+from wsicodec.tissue.mask import TissueMask
 
 Image = npt.NDArray[np.uint8]
 
-
-@dataclass(frozen=True)
-class ConvertProgress:
-    """How far a conversion is.
-
-    tiles_done, tiles: of all levels. pixels_done: coded. bytes_done: of coded tiles.
-    """
-
-    level: int
-    tiles_done: int
-    tiles: int
-    pixels_done: int
-    pixels: int
-    bytes_done: int
-
-
-Progress = Callable[[ConvertProgress], None]
-
-
-@dataclass(frozen=True)
-class LevelReport:
-    """One level that was written. coded_bytes: of its tiles. quality: of the measured tiles."""
-
-    index: int
-    height: int
-    width: int
-    tiles: int
-    coded_bytes: int
-    quality: QualitySummary | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "index": self.index,
-            "height": self.height,
-            "width": self.width,
-            "tiles": self.tiles,
-            "coded_bytes": self.coded_bytes,
-            "quality": None if self.quality is None else self.quality.as_dict(),
-        }
-
-
-@dataclass(frozen=True)
-class ConvertReport:
-    """What a conversion did.
-
-    seconds: wall time. pixels: of all levels. quality: over the measured tiles of all levels.
-    dropped: images of the source that the output does not hold.
-    """
-
-    source: Path
-    target: Path
-    codec: str
-    model: ModelId | None
-    quality_setting: int | None
-    source_bytes: int
-    target_bytes: int
-    levels: tuple[LevelReport, ...]
-    quality: QualitySummary | None
-    seconds: float
-    pixels: int
-    dropped: tuple[str, ...]
-
-    @property
-    def megapixels_per_second(self) -> float:
-        """Pixels of all levels by wall time."""
-        return self.pixels / 1e6 / self.seconds if self.seconds else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "source": str(self.source),
-            "target": str(self.target),
-            "codec": self.codec,
-            "model": None
-            if self.model is None
-            else {"name": self.model.name, "sha256": self.model.sha256},
-            "quality_setting": self.quality_setting,
-            "source_bytes": self.source_bytes,
-            "target_bytes": self.target_bytes,
-            "levels": [level.as_dict() for level in self.levels],
-            "quality": None if self.quality is None else self.quality.as_dict(),
-            "metrics": METRIC_ARGUMENTS,
-            "seconds": self.seconds,
-            "pixels": self.pixels,
-            "megapixels_per_second": self.megapixels_per_second,
-            "dropped": list(self.dropped),
-        }
+SMALL = 192
+"""Tiles below which processes cost more time to start than they save."""
+MODEL_SHARE = 100
+"""A model is carried in files that are this many times as large, unless told otherwise."""
+# settings that say how to work, not what comes out of it
+_NOT_IN_FILE = ("jobs", "in_process", "cache_bytes", "overwrite", "resume")
 
 
 def convert(
@@ -135,34 +68,44 @@ def convert(
     settings: ConvertSettings | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Convert a slide to a tiled pyramid.
+    """Convert a slide to a tiled pyramid: OME-TIFF, or OME-Zarr where the target ends in ``.zarr``.
 
-    progress: called in the calling thread after each tile; what it raises ends the conversion.
+    progress: called in the calling thread after each block; what it raises ends the conversion.
 
-    The target appears when it is complete; on any failure nothing is left. Raises SlideError (what
-    cannot be read or written), UnsupportedError (pixels that are not 8-bit RGB, a codec without
-    TIFF value), UnknownModelError, RuntimeMissingError, SettingsError.
+    The target appears when it is complete; on any failure nothing is left, but for the finished
+    blocks where ``settings.resume`` keeps them. Raises SlideError (what cannot be read or written,
+    a floor that the codec does not reach), UnsupportedError (pixels that are not 8-bit RGB, a codec
+    without TIFF value), UnknownModelError, RuntimeMissingError, SettingsError, VerifyError (what
+    was written is not what was coded).
     """
     started = time.perf_counter()
     chosen = settings or ConvertSettings()
-    with SlideReader(source, chosen.cache_bytes) as slide:
+    with open_slide(source, chosen.cache_bytes) as slide:
         plan = make_plan(slide.info, Path(target), chosen)
+        if chosen.codec == "copy" or chosen.lossless_transcode:
+            return _keep_streams(slide, plan, progress)
         model, model_bytes = _model_of(chosen)
         _try_codec(chosen)
-        run = _Run(slide, plan, progress)
-        with run, atomic_file(plan.target, overwrite=chosen.overwrite) as file:
-            write_slide(
-                file,
-                [
-                    CodedLevel(level.height, level.width, level.tile_size, run.tiles(level))
-                    for level in plan.levels
-                ],
-                chosen.codec,
-                _metadata(plan),
-                _record(plan, model),
-                model=model_bytes,
-                layout=chosen.layout,
-            )
+        beside = Beside.of(slide, plan)
+        with (
+            Work(plan, _same_work(plan, model), keep=chosen.resume) as work,
+            _digesting(plan) as digest,
+        ):
+            mask = _mask(slide, plan, work)
+            downsamples = {lv.index: level_downsample(plan, lv) for lv in plan.levels}
+            tile_coder = TileCoder(chosen, mask, downsamples)
+            resumed = _code(slide, plan, work, tile_coder, mask, progress)
+            passport = Passport(tuple(work.level_map(lv.index) for lv in plan.levels), mask)
+            coded_bytes = sum(int(lv.bytes.sum(dtype=np.int64)) for lv in passport.levels)
+            if chosen.embed_model is None and model_bytes is not None:
+                model_bytes = model_bytes if coded_bytes >= MODEL_SHARE * len(model_bytes) else None
+            identity = None if digest is None else digest.identity()
+            record = _record(plan, model, beside, passport, identity)
+            _write(plan, work, tile_coder, beside, record, passport, model_bytes)
+            reports = tuple(_level_report(plan, work, lv.index) for lv in plan.levels)
+        measured = [
+            tile for index in range(len(plan.levels)) for tile in _qualities(plan, work, index)
+        ]
         return ConvertReport(
             source=slide.info.path,
             target=plan.target,
@@ -170,17 +113,284 @@ def convert(
             model=model,
             quality_setting=chosen.fixed_quality,
             source_bytes=slide.info.file_bytes,
-            target_bytes=plan.target.stat().st_size,
-            levels=run.reports(),
-            quality=summarise([tile for tally in run.tallies for tile in tally.quality]),
+            target_bytes=_size_of(plan.target),
+            levels=reports,
+            quality=summarise(measured),
             seconds=time.perf_counter() - started,
             pixels=plan.pixels,
-            dropped=plan.dropped,
+            associated=tuple(image.name for image in beside.associated),
+            dropped=beside.dropped,
+            modes=mode_counts(passport.levels),
+            tissue_share=None if mask is None else mask.tissue_share,
+            floor_ssim=chosen.floor_ssim,
+            floor_psnr=chosen.floor_psnr,
+            below_floor=sum(q.below_floor for q in record.level_quality if q is not None),
+            resumed=resumed,
+            removed=beside.removed,
         )
 
 
+def _keep_streams(
+    slide: SlideReader, plan: ConvertPlan, progress: Progress | None
+) -> ConvertReport:
+    """Convert without coding: the source's compressed tiles, as they are or re-packed."""
+    from wsicodec.convert.passthrough import copy_slide, transcode_slide
+    from wsicodec.convert.rewrap import PassOptions
+
+    settings = plan.settings
+    if is_zarr(plan.target):
+        raise UnsupportedError("streams of a TIFF are kept in a TIFF; code pixels for OME-Zarr")
+    beside = Beside.of(slide, plan)
+    with _digesting(plan) as digest:
+        options = PassOptions(
+            layout=settings.layout,
+            overwrite=settings.overwrite,
+            strip_metadata=settings.deidentify,
+            metadata=beside.metadata,
+            associated=beside.associated,
+            history=beside.history,
+            source=None if digest is None else digest.identity,
+            deidentified=settings.deidentify,
+            secrets=beside.secrets,
+        )
+        if settings.codec == "copy":
+            report = copy_slide(slide, plan.target, options, progress)
+        else:
+            report = transcode_slide(slide, plan.target, options, progress, jobs=settings.jobs)
+    return dataclasses.replace(
+        report,
+        associated=tuple(image.name for image in beside.associated),
+        dropped=beside.dropped,
+        removed=beside.removed,
+    )
+
+
+@contextlib.contextmanager
+def _digesting(plan: ConvertPlan) -> Iterator[SourceDigest | None]:
+    """The source's digest being computed; None for a file that must not be linked to its source."""
+    digest = None if plan.settings.deidentify else SourceDigest(plan.source)
+    try:
+        yield digest
+    finally:
+        if digest is not None:
+            digest.stop()
+
+
+# Coding
+
+
+def _code(
+    slide: SlideReader,
+    plan: ConvertPlan,
+    work: Work,
+    tile_coder: TileCoder,
+    mask: TissueMask | None,
+    progress: Progress | None,
+) -> int:
+    """Code all blocks that are not done yet. Returns the number of tiles that were."""
+    jobs = plan.settings.threads
+    here = plan.settings.in_process
+    if here is None:
+        here = jobs == 1 or plan.tiles < SMALL
+    coder: BlockCoder = (
+        Here(slide, plan.passes, tile_coder) if here else Processes(plan, mask, jobs)
+    )
+    tally = _Tally(plan)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="wsicodec") as pool:
+        try:
+            for number in range(len(plan.passes)):
+                _code_pass(number, plan, work, coder, pool, tally, progress)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            coder.stop()
+    return tally.resumed
+
+
+def _code_pass(
+    number: int,
+    plan: ConvertPlan,
+    work: Work,
+    coder: BlockCoder,
+    pool: ThreadPoolExecutor,
+    tally: _Tally,
+    progress: Progress | None,
+) -> None:
+    passed = plan.passes[number]
+    # pieces of the pass before are read where this one does not begin with a level of the source
+    pieces = None if passed.levels[0].source is not None else _Pieces(plan, work, number - 1)
+
+    def tasks() -> Iterator[Callable[[], CodedBlock]]:
+        for block in blocks_of(number, passed):
+            if block in work.blocks:
+                tally.take_over(block)
+                continue
+            pixels = None if pieces is None else pieces.read(block)
+            yield functools.partial(_code_block, plan, coder, block, pixels)
+
+    for coded in as_done(pool, tasks(), 2 * plan.settings.threads):
+        work.add(coded)
+        tally.add(coded)
+        if progress is not None:
+            progress(tally.progress(coded.block))
+
+
+def _code_block(
+    plan: ConvertPlan, coder: BlockCoder, block: Block, pixels: Image | None
+) -> CodedBlock:
+    try:
+        return coder.code(block, pixels)
+    except WsicodecError as error:
+        text = str(error)
+        path = str(plan.source.path)
+        raise type(error)(text if text.startswith(path) else f"{path}: {text}") from error
+
+
+class _Tally:
+    """Counts of what is done."""
+
+    def __init__(self, plan: ConvertPlan) -> None:
+        self._plan = plan
+        self._tiles = self._pixels = self._bytes = self.resumed = 0
+
+    def take_over(self, block: Block) -> None:
+        """Count a block of an earlier run."""
+        passed = self._plan.passes[block.number]
+        self.resumed += tiles_in(block, passed)
+        self._tiles += tiles_in(block, passed)
+        self._pixels += pixels_in(block, passed)
+
+    def add(self, coded: CodedBlock) -> None:
+        """Count a block of this run."""
+        self._tiles += len(coded.tiles)
+        self._pixels += pixels_in(coded.block, self._plan.passes[coded.block.number])
+        self._bytes += sum(len(tile.data or b"") for tile in coded.tiles)
+
+    def progress(self, block: Block) -> ConvertProgress:
+        """How far the conversion is, after ``block``."""
+        plan = self._plan
+        share = self._pixels / plan.pixels
+        return ConvertProgress(
+            plan.passes[block.number].levels[0].index,
+            self._tiles,
+            plan.tiles,
+            self._pixels,
+            plan.pixels,
+            self._bytes,
+            round(plan.source.file_bytes * share) - self._bytes,
+        )
+
+
+class _Pieces:
+    """The level that the blocks of a finished pass left, as a picture to read from."""
+
+    def __init__(self, plan: ConvertPlan, work: Work, number: int) -> None:
+        self._work = work
+        self._number = number
+        self._side = plan.passes[number].piece_side
+        self._next = plan.passes[number + 1]
+
+    def read(self, block: Block) -> Image:
+        """Pixels of a block of the next pass."""
+        area, side = area_of(block, self._next), self._side
+        pixels = np.empty((area.height, area.width, 3), np.uint8)
+        for row in range(area.y // side, -(-(area.y + area.height) // side)):
+            for column in range(area.x // side, -(-(area.x + area.width) // side)):
+                piece = self._work.piece(Block(self._number, row, column))
+                y, x = row * side - area.y, column * side - area.x
+                pixels[y : y + piece.shape[0], x : x + piece.shape[1]] = piece
+        return pixels
+
+
+def _mask(slide: SlideReader, plan: ConvertPlan, work: Work) -> TissueMask | None:
+    """Where the tissue is, for settings that ask; as an earlier run found it where one did."""
+    if plan.settings.glass == "keep":
+        return None
+    if (packed := work.mask()) is not None:
+        return TissueMask.parse(packed)
+    from wsicodec.tissue import find_tissue
+
+    mask = find_tissue(slide, plan.settings.tissue)
+    work.keep_mask(mask.pack())
+    return mask
+
+
+# Writing
+
+
+def _write(
+    plan: ConvertPlan,
+    work: Work,
+    tile_coder: TileCoder,
+    beside: Beside,
+    record: FileRecord,
+    passport: Passport,
+    model: bytes | None,
+) -> None:
+    settings = plan.settings
+    glass = None
+    if settings.glass == "drop":
+        glass = tile_coder.glass_tile(settings.tile_size)
+    levels = [
+        CodedLevel(level.height, level.width, level.tile_size, work.tiles(level.index), glass)
+        for level in plan.levels
+    ]
+
+    def check(written: Path) -> None:
+        _check_written(written, plan, work, glass)
+        beside.check(written, plan.target)
+
+    if is_zarr(plan.target):
+        from wsicodec.slide.omezarr import write_omezarr
+
+        write_omezarr(
+            plan.target,
+            levels,
+            settings.codec,
+            beside.metadata,
+            record,
+            model=model,
+            associated=beside.associated,
+            passport=passport.pack(),
+            overwrite=settings.overwrite,
+            check=check,
+        )
+        return
+    with atomic_file(plan.target, overwrite=settings.overwrite) as file:
+        write_slide(
+            file,
+            levels,
+            settings.codec,
+            beside.metadata,
+            record,
+            model=model,
+            layout=settings.layout,
+            associated=beside.associated,
+            passport=passport.pack(),
+        )
+        file.flush()
+        check(Path(file.name))
+
+
+def _check_written(path: Path, plan: ConvertPlan, work: Work, glass: bytes | None) -> None:
+    """Every tile that the file holds is the one that was coded. Raises VerifyError."""
+    with open_tiles(path) as slide:
+        if len(slide.levels) != len(plan.levels):
+            raise VerifyError(f"{plan.target}: {len(slide.levels)} levels were written")
+        for level in plan.levels:
+            places = ((r, c) for r in range(level.rows) for c in range(level.columns))
+            for (row, column), data in zip(places, work.tiles(level.index), strict=True):
+                wanted = glass if data is None else data
+                if slide.tile_bytes(level.index, row, column) != wanted:
+                    raise VerifyError(
+                        f"{plan.target}: level {level.index}: tile at row {row}, column {column} "
+                        "is not on the disk as it was coded"
+                    )
+
+
 def _model_of(settings: ConvertSettings) -> tuple[ModelId | None, bytes | None]:
-    """The model's identity, and its bytes where they are to be embedded."""
+    """The model's identity, and its bytes where they may be embedded."""
     if settings.codec != "learned" or settings.lossless:
         if settings.embed_model:
             raise UnsupportedError("only lossy learned tiles have a model that could be embedded")
@@ -188,276 +398,101 @@ def _model_of(settings: ConvertSettings) -> tuple[ModelId | None, bytes | None]:
     from wsicodec.models import find_model
 
     found = find_model(settings.model)
-    content = found.path.read_bytes() if settings.embed_model else None
+    content = None if settings.embed_model is False else found.path.read_bytes()
     return ModelId(found.name, found.digest), content
 
 
 def _try_codec(settings: ConvertSettings) -> None:
     """Code one small tile: a missing library or a wrong option must show before the work starts."""
     ramp = np.arange(16 * 16 * 3, dtype=np.uint32).reshape(16, 16, 3)
-    _encode((ramp * 85 // 256).astype(np.uint8), settings)
-
-
-def _encode(image: Image, settings: ConvertSettings) -> bytes:
     options = dict(settings.options)
     if settings.codec == "learned":
         options["model"] = settings.model
     quality = None if settings.target is not None else settings.quality
-    return wsicodec.encode(image, codec=settings.codec, quality=quality, **options)
-
-
-def _metadata(plan: ConvertPlan) -> SlideMetadata:
-    info = plan.source
-    name = plan.target.name
-    for suffix in (".tiff", ".tif", ".ome"):
-        name = name.removesuffix(suffix)
-    return SlideMetadata(
-        name=name,
-        mpp_x=info.mpp_x,
-        mpp_y=info.mpp_y,
-        magnification=info.magnification,
-        description=info.description,
-        icc_profile=info.icc_profile,
+    wsicodec.encode(
+        (ramp * 85 // 256).astype(np.uint8), codec=settings.codec, quality=quality, **options
     )
 
 
-def _record(plan: ConvertPlan, model: ModelId | None) -> FileRecord:
-    settings = plan.settings
+def _same_work(plan: ConvertPlan, model: ModelId | None) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped."""
+    status = plan.source.path.stat()
+    settings = settings_as_dict(plan.settings)
+    return {
+        "wsicodec": wsicodec.__version__,
+        "source": [status.st_size, status.st_mtime_ns],
+        "settings": {k: v for k, v in settings.items() if k not in _NOT_IN_FILE},
+        "model": None if model is None else model.sha256,
+        "levels": [[level.height, level.width, level.source] for level in plan.levels],
+    }
+
+
+def _record(
+    plan: ConvertPlan,
+    model: ModelId | None,
+    beside: Beside,
+    passport: Passport,
+    identity: SourceIdentity | None,
+) -> FileRecord:
+    settings, mask = plan.settings, passport.mask
     step: tuple[str, ...] = ()
     if settings.target is not None:
         step = (f"{settings.codec} {settings.target} {settings.options[settings.target]:g}",)
     elif not settings.lossless:
         step = (f"{settings.codec} quality {settings.quality}",)
+    floor = FloorRecord(settings.floor_ssim, settings.floor_psnr) if settings.has_floor else None
+    counts = mode_counts(passport.levels)
+    own = ("plain", "shared glass", "constant", settings.codec)
     return FileRecord(
         wsicodec=wsicodec.__version__,
         codec=settings.codec,
         quality=settings.fixed_quality,
         models=() if model is None else (model,),
-        history=(*plan.source.history, *step),
-        levels=tuple(FROM_SOURCE if _read(level) else AREA_AVERAGE for level in plan.levels),
+        history=(*beside.history, *step),
+        levels=tuple(
+            AREA_AVERAGE if level.source is None else FROM_SOURCE for level in plan.levels
+        ),
         options=dict(settings.options),
         metrics=METRIC_ARGUMENTS,
+        settings={
+            "tile_size": settings.tile_size,
+            "levels": settings.levels,
+            "layout": settings.layout,
+            "measure": settings.measure,
+        },
+        source=identity,
+        deidentified=settings.deidentify,
+        glass=None
+        if mask is None
+        else GlassRecord(settings.glass, mask.method, mask.background, mask.tissue_share),
+        floor=floor,
+        level_bytes=tuple(int(lv.bytes.sum(dtype=np.int64)) for lv in passport.levels),
+        level_quality=tuple(summarise_level(lv, floor) for lv in passport.levels),
+        fallbacks={mode: count for mode, count in counts.items() if mode not in own},
     )
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """A coded tile. half: its area average where the next level is made from it."""
-
-    row: int
-    column: int
-    data: bytes
-    quality: TileQuality | None
-    half: Image | None
+def _qualities(plan: ConvertPlan, work: Work, index: int) -> Sequence[TileQuality]:
+    size = plan.settings.tile_size
+    return [
+        TileQuality(index, row * size, column * size, psnr, ssim)
+        for row, column, psnr, ssim in work.measured(index)
+    ]
 
 
-@dataclass
-class _Tally:
-    """What was written of a level so far."""
-
-    tiles: int = 0
-    coded_bytes: int = 0
-    quality: list[TileQuality] = field(default_factory=list)
-
-
-class _Run(contextlib.AbstractContextManager["_Run"]):
-    """The moving parts of one conversion: pool, counters, and levels averaged on the way."""
-
-    def __init__(self, slide: SlideReader, plan: ConvertPlan, progress: Progress | None) -> None:
-        self._slide = slide
-        self._plan = plan
-        self._progress = progress
-        self._limit = plan.settings.threads * plan.settings.in_flight
-        self._pool = ThreadPoolExecutor(plan.settings.threads, thread_name_prefix="wsicodec")
-        self._averaged = [
-            _AveragedLevel(level, plan.target.parent) for level in plan.levels if not _read(level)
-        ]
-        self.tallies = [_Tally() for _ in plan.levels]
-        self._pixels_done = 0
-
-    def __exit__(self, *_: object) -> None:
-        # tiles under way finish, which takes moments; the others never start
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for level in self._averaged:
-            level.close()
-
-    def tiles(self, level: LevelPlan) -> Iterator[bytes]:
-        """Coded tiles of a level in order. Levels must be asked for in order."""
-        if not _read(level):
-            yield from self._averaged[level.index - 1].spooled()
-            return
-        feeds = level.index + 1 < len(self._plan.levels) and not _read(
-            self._plan.levels[level.index + 1]
-        )
-        tasks = (
-            functools.partial(self._code_from_source, level, row, column, feeds)
-            for row in range(level.rows)
-            for column in range(level.columns)
-        )
-        for coded in in_order(self._pool, tasks, self._limit):
-            self._count(level, coded)
-            yield coded.data
-            if feeds:
-                self._feed(0, coded)
-
-    def reports(self) -> tuple[LevelReport, ...]:
-        """Per level, what was written."""
-        return tuple(
-            LevelReport(
-                level.index,
-                level.height,
-                level.width,
-                tally.tiles,
-                tally.coded_bytes,
-                summarise(tally.quality),
-            )
-            for level, tally in zip(self._plan.levels, self.tallies, strict=True)
-        )
-
-    def _feed(self, index: int, coded: _Coded) -> None:
-        """Give a tile's average to the averaged level ``index``; code the rows it completes."""
-        level = self._averaged[index]
-        if not level.place(coded):
-            return
-        last = index + 1 == len(self._averaged)
-        tasks = (
-            functools.partial(self._code, level.plan, row, column, pixels, not last)
-            for row, column, pixels in level.take_row()
-        )
-        for done in in_order(self._pool, tasks, self._limit):
-            self._count(level.plan, done)
-            level.spool(done.data)
-            if not last:
-                self._feed(index + 1, done)
-
-    def _code_from_source(self, level: LevelPlan, row: int, column: int, feeds: bool) -> _Coded:
-        assert level.source is not None
-        y, x = row * level.tile_size, column * level.tile_size
-        height = min(level.tile_size, level.height - y)
-        width = min(level.tile_size, level.width - x)
-        pixels = self._slide.read_region(level.source, y, x, height, width)
-        return self._code(level, row, column, pixels, feeds)
-
-    def _code(self, level: LevelPlan, row: int, column: int, pixels: Image, halve: bool) -> _Coded:
-        size = level.tile_size
-        height, width = pixels.shape[:2]
-        # repeat the last pixels: black padding would cost bits and bleed into the edge
-        padded = np.pad(pixels, ((0, size - height), (0, size - width), (0, 0)), mode="edge")
-        number = row * level.columns + column
-        quality = None
-        try:
-            data = _encode(padded, self._plan.settings)
-            if level.measure_every and number % level.measure_every == 0:
-                decoded = wsicodec.decode(data)[:height, :width]
-                quality = TileQuality(
-                    level.index,
-                    row * size,
-                    column * size,
-                    psnr(pixels, decoded),
-                    ssim(pixels, decoded),
-                )
-        except WsicodecError as error:
-            raise type(error)(
-                f"{self._plan.source.path}: level {level.index}, tile at row {row}, column "
-                f"{column}: {error}"
-            ) from error
-        return _Coded(row, column, data, quality, area_average(pixels) if halve else None)
-
-    def _count(self, level: LevelPlan, coded: _Coded) -> None:
-        tally = self.tallies[level.index]
-        tally.tiles += 1
-        tally.coded_bytes += len(coded.data)
-        if coded.quality is not None:
-            tally.quality.append(coded.quality)
-        size = level.tile_size
-        self._pixels_done += min(size, level.height - coded.row * size) * min(
-            size, level.width - coded.column * size
-        )
-        if self._progress is not None:
-            self._progress(
-                ConvertProgress(
-                    level.index,
-                    sum(t.tiles for t in self.tallies),
-                    self._plan.tiles,
-                    self._pixels_done,
-                    self._plan.pixels,
-                    sum(t.coded_bytes for t in self.tallies),
-                )
-            )
+def _level_report(plan: ConvertPlan, work: Work, index: int) -> LevelReport:
+    level, found = plan.levels[index], work.level_map(index)
+    return LevelReport(
+        index,
+        level.height,
+        level.width,
+        level.tiles,
+        int(found.bytes.sum(dtype=np.int64)),
+        summarise(_qualities(plan, work, index)),
+    )
 
 
-class _AveragedLevel:
-    """A level that is made while the one before is coded: one row of tiles in memory.
-
-    Its coded tiles wait in an unnamed file until their turn to be written comes; the system removes
-    that file whatever happens to the process.
-    """
-
-    def __init__(self, plan: LevelPlan, folder: Path) -> None:
-        self.plan = plan
-        self._row = 0
-        self._pixels: Image | None = None
-        self._folder = folder
-        self._file: IO[bytes] | None = None
-        self._lengths: list[int] = []
-
-    def place(self, coded: _Coded) -> bool:
-        """Put an averaged tile of the level before into the row; True when the row is complete."""
-        assert coded.half is not None
-        size = self.plan.tile_size
-        if self._pixels is None:
-            rows = min(size, self.plan.height - self._row * size)
-            self._pixels = np.empty((rows, self.plan.width, 3), np.uint8)
-        y, x = (coded.row % 2) * (size // 2), coded.column * (size // 2)
-        height, width = coded.half.shape[:2]
-        self._pixels[y : y + height, x : x + width] = coded.half
-        rows, columns = self._pixels.shape[:2]
-        return bool(y + height == rows and x + width == columns)
-
-    def take_row(self) -> Iterator[tuple[int, int, Image]]:
-        """(row, column, pixels) of the complete row's tiles."""
-        assert self._pixels is not None
-        pixels, row, size = self._pixels, self._row, self.plan.tile_size
-        self._pixels, self._row = None, row + 1
-        for column in range(self.plan.columns):
-            yield row, column, pixels[:, column * size : (column + 1) * size]
-
-    def spool(self, data: bytes) -> None:
-        """Keep a coded tile for later."""
-        if self._file is None:
-            # same folder, same disk: if it fills up, it does so here and not at the end
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._file.write(data)
-        self._lengths.append(len(data))
-
-    def spooled(self) -> Iterator[bytes]:
-        """The kept tiles in order."""
-        if self._file is not None:
-            self._file.seek(0)
-            for length in self._lengths:
-                yield self._file.read(length)
-
-    def close(self) -> None:
-        if self._file is not None:
-            # closing flushes, which fails on a full disk; the error was raised before
-            with contextlib.suppress(OSError):
-                self._file.close()
-
-
-def area_average(image: Image) -> Image:
-    """Half the size of a uint8 (rows, columns, 3) image, each pixel the mean of up to four.
-
-    Sides are rounded up; the last row or column of an odd side averages what is there. Halves round
-    up.
-    """
-    height, width = image.shape[:2]
-    if height % 2 or width % 2:
-        image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    rows = image[0::2].astype(np.uint16) + image[1::2]
-    total = rows[:, 0::2] + rows[:, 1::2]
-    return ((total + 2) >> 2).astype(np.uint8)
-
-
-def _read(level: LevelPlan) -> bool:
-    """True when a level's pixels are read from the source."""
-    return level.source is not None
+def _size_of(target: Path) -> int:
+    if target.is_dir():
+        return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return target.stat().st_size

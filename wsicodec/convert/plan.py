@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,12 +13,21 @@ from typing import Any
 from wsicodec.bitstream import MAX_SIDE
 from wsicodec.codec import CODECS, DEFAULT_MODEL, DEFAULT_QUALITY, TARGETS
 from wsicodec.codec.protocol import check_quality
-from wsicodec.errors import SettingsError, SlideError, UnsupportedError
+from wsicodec.errors import SettingsError, SlideError
 from wsicodec.settings import MAX_THREADS, thread_budget
 from wsicodec.slide.ometiff import LAYOUTS, MAX_LEVELS, compression_tag
-from wsicodec.slide.reader import DEFAULT_CACHE_BYTES, SlideInfo
+from wsicodec.slide.pages import usable
+from wsicodec.slide.protocol import SlideInfo
 
+CONVERT_CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "webp", "lossless", "copy")
 MEASURES = ("none", "sample", "all")
+GLASS_MODES = ("keep", "fill", "drop")
+TISSUE_METHODS = ("network", "otsu")
+MACROS = ("drop", "blank")
+CACHE_BYTES = 48 * 2**20
+"""Decoded tiles of the source that a job keeps: blocks share only the tiles on their borders."""
+BLOCK_SIZE = 2048
+"""Side of a block in pixels: 12 MiB of them, and whole tiles of four levels."""
 SAMPLE_TILES = 64
 """Tiles of each level that ``measure="sample"`` looks at, spread evenly."""
 
@@ -28,18 +38,32 @@ _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 class ConvertSettings:
     """How to convert a slide. Everything is checked when built; raises SettingsError.
 
-    codec: ``learned``, ``jpeg``, ``jpeg2000``, ``jpegxl``, ``lossless`` or ``webp``.
+    codec: ``learned``, ``jpeg``, ``jpeg2000``, ``jpegxl``, ``lossless`` or ``webp``; ``copy`` keeps
+    the source's own compressed tiles.
     model: name or digest, for ``learned``. quality: 1 ... 100. options: of the codec, such as
     ``effort``; for ``learned``, ``target_ssim`` or ``target_psnr`` takes the place of quality.
     tile_size: side of the output's tiles in pixels, a multiple of 16, at most 4096.
     levels: ``source`` codes every level of the source from that level's own pixels; a number N
     writes N levels, each the area average of four pixels of the one before, level 0 from the
     source; coded pixels are never averaged.
-    measure: ``all`` or a ``sample`` of tiles are decoded and compared with what was coded.
-    embed_model: carry the model in the file. layout: as in ``slide.ometiff.write_slide``.
-    jobs: threads that compute; None takes the thread budget.
-    in_flight: tiles that may be under way per job; with tile_size it bounds memory, together with
-    cache_bytes, decoded tiles of the source that are kept.
+    glass: ``keep`` codes it like all else; ``fill`` gives it one colour, the slide's own
+    background; ``drop`` stores tiles without tissue once for a whole level. tissue: how tissue is
+    told from glass, ``network`` or ``otsu``.
+    floor_ssim, floor_psnr: least SSIM (0 ... 1) and PSNR (dB) of every tile; None for no floor.
+    measure: ``all`` or a ``sample`` of tiles are decoded and compared with what was coded; with a
+    floor, always all.
+    lossless_transcode: with ``jpegxl``, JPEG tiles become JPEG XL that ``restore`` can turn back
+    into the same JPEG bytes.
+    associated: keep label, macro and thumbnail. deidentify: remove what names a person, place or
+    time; macro: what then becomes of the macro image, ``drop`` or ``blank`` (its label's end).
+    embed_model: carry the model in the file; None does where it makes up a hundredth at most.
+    layout: as in ``slide.ometiff.write_slide``.
+    resume: go on where an earlier run with the same settings was stopped, and keep finished blocks
+    when this one is.
+    jobs: processes that compute; None takes the thread budget. in_process: compute in threads of
+    this process instead; None decides by the slide's size.
+    cache_bytes: decoded tiles of the source that each job keeps. block_size: side in pixels of what
+    is read and coded at once, a power of two of tiles at most.
     """
 
     codec: str = "learned"
@@ -48,23 +72,30 @@ class ConvertSettings:
     options: Mapping[str, Any] = field(default_factory=lambda: _NO_OPTIONS)
     tile_size: int = 256
     levels: str | int = "source"
-    measure: str = "none"
-    embed_model: bool = False
+    glass: str = "keep"
+    tissue: str = TISSUE_METHODS[0]
+    floor_ssim: float | None = None
+    floor_psnr: float | None = None
+    measure: str = "all"
+    lossless_transcode: bool = False
+    associated: bool = True
+    deidentify: bool = False
+    macro: str = MACROS[0]
+    embed_model: bool | None = None
     overwrite: bool = False
+    resume: bool = False
     layout: str = "subifd"
     jobs: int | None = None
-    in_flight: int = 4
-    cache_bytes: int = DEFAULT_CACHE_BYTES
+    in_process: bool | None = None
+    cache_bytes: int = CACHE_BYTES
+    block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
-        if self.codec == "copy":
-            raise UnsupportedError(
-                "codec 'copy' (the source's own compressed tiles in a new file) is not supported "
-                "by this version; 'lossless' keeps every pixel"
-            )
-        if self.codec not in CODECS:
-            raise SettingsError(f"codec {self.codec!r} is none of {', '.join(CODECS)}")
-        compression_tag(self.codec)
+        if self.codec not in CONVERT_CODECS:
+            # codecs of single tiles that TIFF has no value for are refused with the reason
+            if self.codec in CODECS:
+                compression_tag(self.codec)
+            raise SettingsError(f"codec {self.codec!r} is none of {', '.join(CONVERT_CODECS)}")
         check_quality(self.quality)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         if self.target is not None and self.quality != DEFAULT_QUALITY:
@@ -74,19 +105,47 @@ class ConvertSettings:
             raise SettingsError(f"tile size {self.tile_size} is not a multiple of 16, as TIFF asks")
         if self.levels != "source":
             _check_int("number of levels", self.levels, 1, MAX_LEVELS)
-        if self.measure not in MEASURES:
-            raise SettingsError(f"measure {self.measure!r} is none of {', '.join(MEASURES)}")
-        if self.layout not in LAYOUTS:
-            raise SettingsError(f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}")
+        for what, value, known in (
+            ("measure", self.measure, MEASURES),
+            ("layout", self.layout, LAYOUTS),
+            ("glass", self.glass, GLASS_MODES),
+            ("tissue", self.tissue, TISSUE_METHODS),
+            ("macro", self.macro, MACROS),
+        ):
+            if value not in known:
+                raise SettingsError(f"{what} {value!r} is none of {', '.join(known)}")
+        _check_number("floor_ssim", self.floor_ssim, 0, 1)
+        _check_number("floor_psnr", self.floor_psnr, 0, 100)
+        if self.codec == "copy" or self.lossless_transcode:
+            self._check_kept_streams()
         if self.jobs is not None:
             _check_int("jobs", self.jobs, 1, MAX_THREADS)
-        _check_int("in_flight", self.in_flight, 1, 1024)
         _check_int("cache_bytes", self.cache_bytes, 0, 2**40)
+        _check_int("block_size", self.block_size, 16, 2**15)
+
+    def _check_kept_streams(self) -> None:
+        name = "lossless_transcode" if self.lossless_transcode else "codec 'copy'"
+        if self.lossless_transcode and self.codec != "jpegxl":
+            raise SettingsError("lossless_transcode makes JPEG XL: it needs codec jpegxl")
+        if self.quality != DEFAULT_QUALITY or self.options:
+            raise SettingsError(f"{name} keeps what is coded: it takes no quality and no options")
+        if self.levels != "source" or self.glass != "keep" or self.has_floor:
+            raise SettingsError(
+                f"{name} keeps the source's tiles: it goes with levels='source', glass='keep' and "
+                "no floor"
+            )
+
+    @property
+    def has_floor(self) -> bool:
+        """True when every tile has to reach an SSIM or a PSNR."""
+        return self.floor_ssim is not None or self.floor_psnr is not None
 
     @property
     def lossless(self) -> bool:
         """True when every pixel will be kept: codec ``lossless``, or its option in another."""
-        return self.codec == "lossless" or self.options.get("lossless") is True
+        if self.codec in ("lossless", "copy") or self.lossless_transcode:
+            return True
+        return self.options.get("lossless") is True
 
     @property
     def target(self) -> str | None:
@@ -137,6 +196,35 @@ class LevelPlan:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """Levels that are coded together: the first is read, each other is the average of the one
+    before.
+
+    side: of a block in tiles of the first level, a power of two of at least 2 ** (levels - 1).
+    leaves_pieces: True when a later pass begins with the average of the last level.
+    """
+
+    levels: tuple[LevelPlan, ...]
+    side: int
+    leaves_pieces: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of blocks."""
+        return -(-self.levels[0].rows // self.side)
+
+    @property
+    def columns(self) -> int:
+        """Columns of blocks."""
+        return -(-self.levels[0].columns // self.side)
+
+    @property
+    def piece_side(self) -> int:
+        """Side in pixels of the piece that a whole block leaves."""
+        return self.side * self.levels[0].tile_size >> len(self.levels)
+
+
+@dataclass(frozen=True)
 class ConvertPlan:
     """A conversion, ready to run.
 
@@ -147,6 +235,7 @@ class ConvertPlan:
     target: Path
     settings: ConvertSettings
     levels: tuple[LevelPlan, ...]
+    passes: tuple[Pass, ...]
     dropped: tuple[str, ...]
 
     @property
@@ -187,7 +276,7 @@ def make_plan(source: SlideInfo, target: Path, settings: ConvertSettings) -> Con
                     width,
                     size,
                     None if index else 0,
-                    _measure_every(settings.measure, height, width, size),
+                    _measure_every(settings, height, width, size),
                 )
             )
     else:
@@ -198,19 +287,55 @@ def make_plan(source: SlideInfo, target: Path, settings: ConvertSettings) -> Con
                 level.width,
                 size,
                 level.index,
-                _measure_every(settings.measure, level.height, level.width, size),
+                _measure_every(settings, level.height, level.width, size),
             )
             for level in source.levels
         ]
-    return ConvertPlan(source, target, settings, tuple(levels), source.associated)
+    dropped = source.associated
+    if settings.associated:
+        dropped = tuple(name for name in dropped if settings.deidentify and name == "label")
+    return ConvertPlan(
+        source, target, settings, tuple(levels), passes_of(levels, settings), dropped
+    )
+
+
+def passes_of(levels: Sequence[LevelPlan], settings: ConvertSettings) -> tuple[Pass, ...]:
+    """Passes over ``levels``."""
+    side = 1
+    while 2 * side * settings.tile_size <= settings.block_size:
+        side *= 2
+    depth = side.bit_length()  # a block of eight tiles holds whole tiles of four levels
+    passes = []
+    first = 0
+    while first < len(levels):
+        last = first + 1
+        while last < len(levels) and last - first < depth and levels[last].source is None:
+            last += 1
+        more = last < len(levels) and levels[last].source is None
+        passes.append(Pass(tuple(levels[first:last]), side, more))
+        first = last
+    return tuple(passes)
+
+
+def is_zarr(target: Path) -> bool:
+    """True for the name of an OME-Zarr folder."""
+    return target.suffix.lower() == ".zarr"
 
 
 def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     """Raise SlideError where ``target`` cannot be written, before hours are spent on it."""
+    with usable(target):
+        # later questions may take a name that is too long for one of a missing file
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+        _check_target(source, target, overwrite=overwrite)
+
+
+def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     folder = target.parent
     if target.exists() and source.exists() and target.samefile(source):
         raise SlideError(f"{target}: is the source itself; write to another file")
-    if target.is_dir():
+    if target.is_dir() and not is_zarr(target):
         raise SlideError(f"{target}: is a folder; name a file in it")
     if target.exists() and not overwrite:
         raise SlideError(f"{target}: exists already; pass --overwrite (overwrite=True) to replace")
@@ -220,11 +345,22 @@ def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise SlideError(f"{target}: folder {folder} is not writable")
 
 
-def _measure_every(measure: str, height: int, width: int, size: int) -> int:
-    if measure == "none":
+def _measure_every(settings: ConvertSettings, height: int, width: int, size: int) -> int:
+    if settings.has_floor or settings.measure == "all":
+        return 1
+    if settings.measure == "none":
         return 0
     tiles = -(-height // size) * -(-width // size)
-    return 1 if measure == "all" else -(-tiles // SAMPLE_TILES)
+    return -(-tiles // SAMPLE_TILES)
+
+
+def _check_number(what: str, value: object, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingsError(f"{what} must be a number, not {value!r}")
+    if not low <= value <= high:
+        raise SettingsError(f"{what} {value} is not within {low} ... {high}")
 
 
 def _check_int(what: str, value: object, low: int, high: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import wsicodec
+from wsicodec.convert.against import check_source, source_region
 from wsicodec.convert.ordered import in_order
 from wsicodec.errors import (
     FormatError,
@@ -31,8 +32,12 @@ from wsicodec.errors import (
 )
 from wsicodec.metrics import METRIC_ARGUMENTS, QualitySummary, TileQuality, psnr, ssim, summarise
 from wsicodec.settings import thread_budget
-from wsicodec.slide.reader import Level, SlideReader
-from wsicodec.slide.record import AREA_AVERAGE, FileRecord
+from wsicodec.slide.opening import open_slide, open_tiles
+from wsicodec.slide.passport import parse_passport
+from wsicodec.slide.protocol import Level, SlideReader
+from wsicodec.slide.record import FileRecord
+from wsicodec.slide.tiff import TiffReader
+from wsicodec.slide.zarrreader import ZarrReader
 
 Image = npt.NDArray[np.uint8]
 
@@ -67,7 +72,7 @@ class VerifyReport:
 
     tiles: checked, over all levels. failed: tiles with a fault; failures lists the first of them.
     quality: per compared level, fidelity of its tiles to the source; empty without a source.
-    not_compared: levels that the source has no counterpart of, such as averaged ones.
+    not_compared: levels that the source has nothing to compare with, or that average too much.
     """
 
     path: Path
@@ -122,21 +127,16 @@ def verify(
     UnknownModelError, ModelError or RuntimeMissingError where this machine cannot decode at all.
     """
     workers = thread_budget() if jobs is None else jobs
-    with SlideReader(path) as slide:
+    with open_tiles(path) as slide:
         if against is None:
             return _verify(slide, None, workers, progress)
-        with SlideReader(against) as source:
-            first, other = slide.levels[0], source.levels[0]
-            if (first.height, first.width) != (other.height, other.width):
-                raise VerifyError(
-                    f"{slide.path}: level 0 has {first.width} x {first.height} pixels, "
-                    f"{source.path} has {other.width} x {other.height}: not its source"
-                )
+        with open_slide(against) as source:
+            check_source(slide, source)
             return _verify(slide, source, workers, progress)
 
 
 def _verify(
-    slide: SlideReader,
+    slide: TiffReader | ZarrReader,
     source: SlideReader | None,
     workers: int,
     progress: Callable[[int, int], None] | None,
@@ -165,13 +165,13 @@ def _verify(
     quality = {level: summarise(measured) for level, measured in tiles.items()}
     return VerifyReport(
         path=slide.path,
-        against=None if source is None else source.path,
+        against=None if source is None else source.info.path,
         tiles=total,
         failed=failed,
         failures=tuple(failures),
         quality={level: summary for level, summary in quality.items() if summary is not None},
         overall=summarise([tile for measured in tiles.values() for tile in measured]),
-        not_compared=tuple(i for i, found in checker.counterparts.items() if found is None),
+        not_compared=tuple(sorted(checker.not_compared)),
     )
 
 
@@ -179,20 +179,18 @@ _Outcome = TileFailure | TileQuality | None
 
 
 class _Checker:
-    """Checks single tiles of a file. counterparts: per level, the source's level of its size."""
+    """Checks single tiles of a file. not_compared: levels, so far."""
 
-    def __init__(self, slide: SlideReader, source: SlideReader | None) -> None:
+    def __init__(self, slide: TiffReader | ZarrReader, source: SlideReader | None) -> None:
         self._slide = slide
         self._source = source
         record = slide.info.record
-        made = () if record is None else record.levels
-        self.counterparts = {
-            level.index: None
-            if made[level.index : level.index + 1] == (AREA_AVERAGE,)
-            else _counterpart(level, source)
-            for level in slide.levels
-            if source is not None
-        }
+        self._mask = None
+        if source is not None and record is not None and record.glass is not None:
+            passport = slide.embedded_passport()
+            self._mask = None if passport is None else parse_passport(passport).mask
+        # levels that the source has nothing to compare with, or too much
+        self.not_compared: set[int] = set()
 
     def check(self, level: Level, row: int, column: int) -> _Outcome:
         slide = self._slide
@@ -206,24 +204,22 @@ class _Checker:
         except WsicodecError as error:
             reason = str(error)
             if not reason.startswith(str(slide.path)):
-                place = f"level {level.index}: tile at row {row}, column {column}"
-                reason = f"{slide.path}: {place}: {reason}"
+                where = f"level {level.index}: tile at row {row}, column {column}"
+                reason = f"{slide.path}: {where}: {reason}"
             return TileFailure(level.index, row, column, type(error).__name__, reason)
-        counterpart = self.counterparts.get(level.index)
-        if self._source is None or counterpart is None:
+        if self._source is None:
             return None
         y, x = row * level.tile_height, column * level.tile_width
         # a fault of the source is not one of the file: it ends the check
-        original = self._source.read_region(counterpart, y, x, *pixels.shape[:2])
+        place = (y, x, *pixels.shape[:2])
+        original = source_region(slide, self._source, level.index, *place)
+        if original is None:
+            self.not_compared.add(level.index)
+            return None
+        if self._mask is not None:
+            # what was to be coded: glass in one colour
+            original[self._mask.glass(level.downsample, *place)] = self._mask.background
         return TileQuality(level.index, y, x, psnr(original, pixels), ssim(original, pixels))
-
-
-def _counterpart(level: Level, source: SlideReader | None) -> int | None:
-    """Index of the source's level of the same size."""
-    for other in source.levels if source else ():
-        if (other.height, other.width) == (level.height, level.width):
-            return other.index
-    return None
 
 
 def _check_stream(data: bytes, record: FileRecord, level: Level, pixels: Image) -> None:
@@ -233,6 +229,8 @@ def _check_stream(data: bytes, record: FileRecord, level: Level, pixels: Image) 
     """
     if not data:
         raise SlideError("tile has no bytes")
+    if record.codec == "copy" or "lossless_transcode" in record.options:
+        return  # streams of whoever wrote the source, which may need the tables of the file
     info = wsicodec.probe(data)
     if (info.height, info.width) != (level.tile_height, level.tile_width):
         raise FormatError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wsicodec.errors import LimitError, SlideError, UnsupportedError, WsicodecError
-
-Image = npt.NDArray[np.uint8]
+from wsicodec.slide import jpegstream
+from wsicodec.slide.protocol import Image, StoredLayout
+from wsicodec.slide.streams import declared_size
 
 MAX_SEGMENT_BYTES = 512 * 2**20
 """A tile or strip of more decoded bytes is refused: one would outgrow any sensible cache."""
@@ -32,18 +34,30 @@ _COMPRESSIONS = {
     6: "ojpeg",
     7: "jpeg",
     8: "deflate",
+    32773: "packbits",
     32946: "deflate",
     33003: "jpeg2000",
     33004: "jpeg2000",
     33005: "jpeg2000",
     34712: "jpeg2000",
     34925: "lzma",
+    34926: "zstd",
+    34927: "webp",
+    34933: "png",
     50000: "zstd",
     50001: "webp",
     50002: "jpegxl",
     52546: "jpegxl",
 }
+# others would be decoded by libraries that nobody tries on slides
+_READ = set(_COMPRESSIONS)
 _JPEG = 7
+_JPEG2000 = (33003, 33004, 33005, 34712)
+_J2K_START = b"\xff\x4f\xff\x51"
+_PADDING = 64  # bytes behind a stream's end that are no reason to refuse it; zeros always are none
+_BOUND_TO_FILE = (6,)  # old-style JPEG: its tags hold offsets within the file
+_YCBCR = 6
+_TAG_SUBSAMPLING = 530
 _APERIO_YCBCR = 33003
 _PHOTOMETRICS = {
     "minisblack": "grey",
@@ -103,9 +117,11 @@ class Page:
         self.tags = page.tags
         self.height, self.width = int(page.imagelength), int(page.imagewidth)
         self.compression = compression_name(page)
+        self._code = int(page.compression)
         self.photometric = self._check_pixels(page)
         self._file = file
-        self._offsets, self._counts = page.dataoffsets, page.databytecounts
+        self._offsets = _numbers(page.dataoffsets, where)
+        self._counts = _numbers(page.databytecounts, where)
         self._planes = 3 if int(page.planarconfig) != 1 else 1
         self._aperio_ycbcr = int(page.compression) == _APERIO_YCBCR
         self._jpeg = (
@@ -139,6 +155,15 @@ class Page:
             )
         # tifffile builds this function on first use; threads must find it ready
         self._decode = page.decode
+        self._page = page
+
+    def layout(self) -> StoredLayout:
+        """What another TIFF must say to hold these segments, as ``read`` hands them out.
+
+        Raises UnsupportedError where the segments mean nothing outside this file.
+        """
+        with named(f"{self.where}: its directory is damaged"):
+            return stored_layout(self._page, self._file, self.where, self.segment_height)
 
     def _check_pixels(self, page: Any) -> str:
         """The photometric interpretation, ``rgb`` or ``ycbcr``; refuses all other pixels."""
@@ -159,6 +184,7 @@ class Page:
             )
         if int(page.imagedepth) != 1:
             raise UnsupportedError(f"{self.where}: image is a volume; wsicodec reads planes")
+        check_compression(page, self.where)
         if photometric == "ycbcr" and int(page.compression) not in (_JPEG, _APERIO_YCBCR):
             # tifffile hands such samples out unconverted, in wrong colours
             raise UnsupportedError(
@@ -176,23 +202,29 @@ class Page:
         width = min(self.segment_width, self.width - column * self.segment_width)
         if self._plain:
             return np.frombuffer(self.read(row, column), np.uint8).reshape(height, width, 3)
+        if not any(self._counts[self._index(row, column, n)] for n in range(self._planes)):
+            # tifffile would make it black; what scanners leave out is glass
+            return np.full((height, width, 3), 255, np.uint8)
         planes = [self._decode_plane(row, column, plane, where) for plane in range(self._planes)]
         image = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         if image.shape[0] < height or image.shape[1] < width or image.shape[2] != 3:
             raise SlideError(f"{where}: holds {image.shape} pixels, not ({height}, {width}, 3)")
         image = image[:height, :width]
-        return _rgb_of_ycbcr(image) if self._aperio_ycbcr else np.ascontiguousarray(image)
+        return rgb_of_ycbcr(image) if self._aperio_ycbcr else np.ascontiguousarray(image)
 
     def _decode_plane(self, row: int, column: int, plane: int, where: str) -> Image:
         index = self._index(row, column, plane)
         data = self._read_stored(index, where)
         if not data:
-            # tifffile would make it black; what scanners leave out is glass
             shape = (self.segment_height, self.segment_width, 3 // self._planes)
             return np.full(shape, 255, np.uint8)
         try:
+            check_declared(data, self._code, self._stored_height, self.segment_width, where)
+            check_whole(data, self._code, where)
             image = np.asarray(self._decode(data, index, **self._jpeg)[0])
         except WsicodecError as error:
+            if str(error).startswith(where):
+                raise
             raise type(error)(f"{where}: {error}") from error
         except Exception as error:
             raise SlideError(f"{where}: cannot be decoded: {error or type(error)}") from error
@@ -223,6 +255,53 @@ class Page:
         return (plane * self._stored_rows + row) * self._columns + column
 
 
+def stored_layout(
+    page: Any, file: SlideFile, where: str, strip_height: int | None = None
+) -> StoredLayout:
+    """The layout of a tifffile page; strip_height: rows of the strips where it is not the tag's.
+
+    Raises UnsupportedError where the segments mean nothing outside this file, SlideError where
+    they cannot be read.
+    """
+    compression = int(page.compression)
+    if compression in _BOUND_TO_FILE or page.jpegheader or int(page.fillorder) != 1:
+        raise UnsupportedError(
+            f"{where}: {compression_name(page)} segments of this kind cannot be copied into "
+            "another file as they are"
+        )
+    return StoredLayout(
+        height=int(page.imagelength),
+        width=int(page.imagewidth),
+        compression=compression,
+        photometric=int(page.photometric),
+        tile=(int(page.tilelength), int(page.tilewidth)) if page.is_tiled else None,
+        rows_per_strip=None if page.is_tiled else strip_height or int(page.rowsperstrip),
+        subsampling=_subsampling(page, file, where),
+        jpegtables=bytes(page.jpegtables) if page.jpegtables else None,
+        predictor=int(page.predictor),
+        planarconfig=int(page.planarconfig),
+    )
+
+
+def _subsampling(page: Any, file: SlideFile, where: str) -> tuple[int, int] | None:
+    """Of YCbCr pixels; where the directory does not say, as the first JPEG stream has it."""
+    if int(page.photometric) != _YCBCR:
+        return None
+    told = page.tags.valueof(_TAG_SUBSAMPLING)
+    if isinstance(told, tuple) and len(told) == 2:
+        return int(told[0]), int(told[1])
+    if int(page.compression) != _JPEG:
+        return None
+    from wsicodec.slide.ometiff import jpeg_colours
+
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if count:
+            stream = file.read(int(offset), min(int(count), MAX_SEGMENT_BYTES), where)
+            with named(f"{where}: its first JPEG stream is damaged"):
+                return jpeg_colours(stream)[1]
+    return None
+
+
 def compression_name(page: Any) -> str:
     """Name of a tifffile page's compression, ``wsicodec`` for our own tag."""
     from wsicodec.plugins.tifffile import TIFF_COMPRESSION_TAG
@@ -242,6 +321,96 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SlideError(f"{what}: {error or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """What the system says against a path becomes a SlideError that names it."""
+    try:
+        yield
+    except WsicodecError:
+        raise
+    except OSError as error:
+        raise SlideError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a name with a zero byte
+        raise SlideError(f"{path}: is no name of a file: {error}") from None
+
+
+def file_start(path: Path, count: int) -> bytes:
+    """First bytes of a file, at least one.
+
+    Raises SlideError for what is no file (a folder, a pipe, a device), and for a file without any.
+    """
+    with usable(path):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise SlideError(f"{path}: is a folder, not a slide file")
+        if not stat.S_ISREG(mode):
+            # to open a pipe would wait for its writer, and a device has no end
+            raise SlideError(f"{path}: is a pipe, a device or such, not a file")
+        with path.open("rb") as file:
+            start = file.read(count)
+    if not start:
+        raise SlideError(f"{path}: file is empty")
+    return start
+
+
+def is_tiff(start: bytes) -> bool:
+    """True for the first bytes of a TIFF or BigTIFF file."""
+    return start[:2] in (b"II", b"MM")
+
+
+def check_compression(page: Any, where: str) -> None:
+    """Raises UnsupportedError for a compression that is not read, before any tile is."""
+    from wsicodec.plugins.tifffile import TIFF_COMPRESSION_TAG
+
+    code = int(page.compression)
+    if code not in _READ and code != TIFF_COMPRESSION_TAG:
+        raise UnsupportedError(
+            f"{where}: compression {compression_name(page)} (TIFF tag value {code}) is not read"
+        )
+
+
+def check_declared(data: bytes, compression: int, height: int, width: int, where: str) -> None:
+    """Refuse a stream that says it is much more than its tile: it is decoded as it says.
+
+    height, width: of the tile or strip. Raises LimitError.
+    """
+    declared = declared_size(data, compression)
+    if declared is None:
+        return
+    rows, columns, channels = declared
+    if rows * columns > 4 * height * width + 2**16 or channels > 4:
+        raise LimitError(
+            f"{where}: a stream of {rows} x {columns} pixels and {channels} channels lies in the "
+            f"place of {height} x {width}"
+        )
+
+
+def check_whole(data: bytes, compression: int, where: str) -> None:
+    """Refuse a JPEG or JPEG-2000 stream that breaks off: decoders make up the rest in silence.
+
+    Both kinds end with the same marker. Raises SlideError where it is missing; an empty segment is
+    left out, not broken.
+    """
+    if compression == _JPEG:
+        kind = "JPEG"
+    elif compression in _JPEG2000 and data.startswith(_J2K_START):
+        kind = "JPEG-2000"  # bare; of one in boxes, others may follow
+    else:
+        return
+    if not data or data.endswith(jpegstream.END):
+        return
+    if jpegstream.END not in data.rstrip(b"\0")[-_PADDING:]:
+        raise SlideError(f"{where}: its {kind} stream breaks off: the file is damaged")
+
+
+def _numbers(values: Any, where: str) -> npt.NDArray[np.integer[Any]]:
+    """Offsets or byte counts of a directory, which may be of any type of TIFF's."""
+    numbers = np.asarray(values)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise SlideError(f"{where}: the places of its tiles or strips are no numbers")
+    return numbers
 
 
 def _is_plain(page: Any) -> bool:
@@ -266,7 +435,7 @@ def _part_height(height: int, width: int, strip_height: int) -> int:
     return next(n for n in range(rows, 0, -1) if strip_height % n == 0)
 
 
-def _rgb_of_ycbcr(image: Image) -> Image:
+def rgb_of_ycbcr(image: Image) -> Image:
     """Full-range BT.601, as in JFIF; Aperio's 33003 streams hold YCbCr without saying so."""
     y, cb, cr = (image[..., channel].astype(np.float32) for channel in range(3))
     rgb: npt.NDArray[np.float32] = np.stack(

@@ -1,121 +1,48 @@
-"""Slides as pyramids of RGB pixels: Aperio SVS, OME-TIFF, and tiled or stripped TIFF.
+"""Slides in TIFF as pyramids of RGB pixels: Aperio SVS, OME-TIFF, and tiled or stripped TIFF.
 
-``SlideReader`` decodes only the tiles that a region touches, keeps the latest ones in a bounded
+``TiffReader`` decodes only the tiles that a region touches, keeps the latest ones in a bounded
 cache, and may be used from many threads at once. tifffile parses the files and decodes the tiles.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import hashlib
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from wsicodec.errors import SettingsError, SlideError, WsicodecError
+from wsicodec.errors import (
+    SettingsError,
+    SlideError,
+    UnknownModelError,
+    UnsupportedError,
+    WsicodecError,
+)
+from wsicodec.slide.associated import read_page
+from wsicodec.slide.cache import SegmentCache
+from wsicodec.slide.chain import check_chain
 from wsicodec.slide.layout import find_layout, lossy_history, resolution_mpp
-from wsicodec.slide.pages import Page, SlideFile, named
+from wsicodec.slide.pages import Page, SlideFile, check_whole, file_start, is_tiff, named
+from wsicodec.slide.passport import TAG_PASSPORT
+from wsicodec.slide.protocol import (
+    DEFAULT_CACHE_BYTES,
+    AssociatedImage,
+    Image,
+    Level,
+    SlideInfo,
+    StoredLayout,
+)
 from wsicodec.slide.record import TAG_MODEL, TAG_RECORD, FileRecord, parse_record
 
-Image = npt.NDArray[np.uint8]
-
-DEFAULT_CACHE_BYTES = 256 * 2**20
 _ICC_PROFILE = 34675
+_NDPI_FLAG = 65420
 
 
-@dataclass(frozen=True)
-class Level:
-    """One resolution of a pyramid.
-
-    height, width: pixels. downsample: width of level 0 over width of this level.
-    tile_height, tile_width: of the file's own tiles, or of its strips; pixels.
-    """
-
-    index: int
-    height: int
-    width: int
-    downsample: float
-    tile_height: int
-    tile_width: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the file's own tiles."""
-        return -(-self.height // self.tile_height)
-
-    @property
-    def columns(self) -> int:
-        """Columns of the file's own tiles."""
-        return -(-self.width // self.tile_width)
-
-
-@dataclass(frozen=True)
-class SlideInfo:
-    """What a slide file says of itself.
-
-    format: ``svs``, ``ome-tiff`` or ``tiff``. file_bytes: size of the file.
-    mpp_x, mpp_y: µm per pixel of level 0; magnification: of the objective; None where not told.
-    photometric: as stored, ``rgb`` or ``ycbcr``; pixels are always handed out as RGB.
-    compression: of level 0's tiles.
-    description: ImageDescription of the scanner's file, also where a converted file keeps it.
-    history: lossy codings the pixels went through as far as the file tells, oldest first.
-    associated: names of images beside the pyramid (thumbnail, label, macro ...).
-    record: how wsicodec coded the file, None for all others.
-    """
-
-    path: Path
-    format: str
-    file_bytes: int
-    levels: tuple[Level, ...]
-    mpp_x: float | None
-    mpp_y: float | None
-    magnification: float | None
-    photometric: str
-    compression: str
-    icc_profile: bytes | None
-    description: str | None
-    history: tuple[str, ...]
-    associated: tuple[str, ...]
-    record: FileRecord | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; the ICC profile as its length."""
-        return {
-            "path": str(self.path),
-            "format": self.format,
-            "file_bytes": self.file_bytes,
-            "levels": [
-                {
-                    "index": level.index,
-                    "height": level.height,
-                    "width": level.width,
-                    "downsample": level.downsample,
-                    "tile_height": level.tile_height,
-                    "tile_width": level.tile_width,
-                }
-                for level in self.levels
-            ],
-            "mpp_x": self.mpp_x,
-            "mpp_y": self.mpp_y,
-            "magnification": self.magnification,
-            "photometric": self.photometric,
-            "compression": self.compression,
-            "icc_profile_bytes": None if self.icc_profile is None else len(self.icc_profile),
-            "description": self.description,
-            "history": list(self.history),
-            "associated": list(self.associated),
-            "record": None if self.record is None else self.record.as_dict(),
-        }
-
-
-class SlideReader:
+class TiffReader:
     """An open slide.
 
     path: the file. cache_bytes: decoded tiles kept at most; with two rows of the file's tiles in
@@ -124,7 +51,7 @@ class SlideReader:
     Raises SlideError where the file is missing, empty, damaged or no TIFF, and UnsupportedError
     where its pixels are not 8-bit RGB or its format is one that this version does not read.
 
-    >>> with SlideReader("slide.svs") as slide:
+    >>> with TiffReader("slide.svs") as slide:
     ...     tile = slide.read_region(0, 1024, 2048, 256, 256)
     """
 
@@ -132,19 +59,19 @@ class SlideReader:
         self, path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:
         self.path = Path(path)
-        self._check_file()
-        import tifffile
-
+        start = file_start(self.path, 4)
+        if not is_tiff(start):
+            raise SlideError(f"{self.path}: not a TIFF file (starts with {start.hex(' ')})")
         from wsicodec.plugins import tifffile as plugin
 
         plugin.install()
-        self._cache = _SegmentCache(cache_bytes)
+        self._cache = SegmentCache(cache_bytes)
         self._closed = False
         with named(f"{self.path}: cannot be opened"):
             self._file = SlideFile(self.path)
         try:
             with named(f"{self.path}: cannot be read as TIFF"):
-                self._tiff = tifffile.TiffFile(self.path)
+                self._tiff = _parsed(self.path)
             try:
                 with named(f"{self.path}: TIFF structure is damaged"):
                     self._open()
@@ -155,25 +82,16 @@ class SlideReader:
             self._file.close()
             raise
 
-    def _check_file(self) -> None:
-        if self.path.is_dir():
-            raise SlideError(f"{self.path}: is a folder, not a slide file")
-        try:
-            with self.path.open("rb") as file:
-                start = file.read(4)
-        except OSError as error:
-            raise SlideError(f"{self.path}: {error.strerror or error}") from None
-        if not start:
-            raise SlideError(f"{self.path}: file is empty")
-        if start[:2] not in (b"II", b"MM"):
-            raise SlideError(f"{self.path}: not a TIFF file (starts with {start.hex(' ')})")
-
     def _open(self) -> None:
+        if not self._tiff.is_ndpi:
+            # its classic TIFF has links of 64 bits; it is not read here
+            check_chain(self._file, str(self.path))
         layout = find_layout(self._tiff, self.path)
         self._pages = [
             Page(page, self._file, f"{self.path}: level {index}")
             for index, page in enumerate(layout.pages)
         ]
+        self._associated = dict(layout.associated)
         first = self._pages[0]
         record = self._read_record()
         tag_x, tag_y = resolution_mpp(first.tags)
@@ -203,8 +121,10 @@ class SlideReader:
             history=record.history
             if record
             else lossy_history(layout.description, first.compression),
-            associated=layout.associated,
+            associated=tuple(self._associated),
             record=record,
+            acquisition_date=layout.acquisition_date,
+            vendor=layout.vendor,
         )
 
     def _read_record(self) -> FileRecord | None:
@@ -250,6 +170,15 @@ class SlideReader:
                 ]
         return region
 
+    def stored_layout(self, level: int) -> StoredLayout:
+        """How the file keeps a level; ``tile_bytes`` gives the segments of this layout.
+
+        With planarconfig 2 the segments of three planes come as one, which no other file can hold.
+        Raises SettingsError for no such level, UnsupportedError for segments that mean nothing
+        outside this file, SlideError where the directory or its first segment is damaged.
+        """
+        return self._page(level).layout()
+
     def tile_bytes(self, level: int, row: int, column: int) -> bytes:
         """Coded bytes of one of the file's own tiles or strips; empty where the file has none.
 
@@ -265,12 +194,41 @@ class SlideReader:
         Raises SlideError or the error of our own codec, naming level, tile and reason.
         """
         self._check_tile(level, row, column)
-        return self._page(level).decode(row, column)
+        return self._decode(level, row, column)
+
+    def read_associated(self, name: str) -> AssociatedImage:
+        """The image of this name (one of ``info.associated``), as RGB whatever it is kept as.
+
+        ``stored`` is given for interleaved 8-bit RGB and YCbCr that another TIFF can hold.
+        Raises SettingsError for another name, and for an image that cannot be read LimitError,
+        UnsupportedError or SlideError.
+        """
+        self._page(0)
+        if name not in self._associated:
+            raise SettingsError(
+                f"{self.path}: no image {name!r} beside the slide; there are "
+                f"{', '.join(self._associated) or 'none'}"
+            )
+        page = self._associated[name]
+        where = f"{self.path}: image {name!r}"
+        if page is None:
+            raise UnsupportedError(f"{where}: is more than one plane of pixels")
+        image = read_page(page, self._file, name, where)
+        if image.stored is not None:
+            for segment in image.stored.segments:
+                check_whole(segment, image.stored.compression, where)
+        return image
 
     def embedded_model(self) -> bytes | None:
         """Bytes of the model carried in the file, None without one. Nobody has checked them."""
         self._page(0)
         value = self._pages[0].tags.valueof(TAG_MODEL)
+        return bytes(value) if value else None
+
+    def embedded_passport(self) -> bytes | None:
+        """Bytes of the quality passport in the file, None without one. Nobody has checked them."""
+        self._page(0)
+        value = self._pages[0].tags.valueof(TAG_PASSPORT)
         return bytes(value) if value else None
 
     def close(self) -> None:
@@ -280,7 +238,7 @@ class SlideReader:
             self._tiff.close()
             self._file.close()
 
-    def __enter__(self) -> SlideReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -308,46 +266,42 @@ class SlideReader:
             )
 
     def _segment(self, level: int, row: int, column: int) -> Image:
+        return self._cache.get((level, row, column), lambda: self._decode(level, row, column))
+
+    def _decode(self, level: int, row: int, column: int) -> Image:
         page = self._pages[level]
-        return self._cache.get((level, row, column), lambda: page.decode(row, column))
-
-
-class _SegmentCache:
-    """Latest decoded tiles up to a number of bytes; one thread decodes what several ask for."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._ready: collections.OrderedDict[tuple[int, int, int], Image] = (
-            collections.OrderedDict()
-        )
-        self._running: dict[tuple[int, int, int], Future[Image]] = {}
-        self._bytes = 0
-
-    def get(self, key: tuple[int, int, int], make: Callable[[], Image]) -> Image:
-        with self._lock:
-            image = self._ready.get(key)
-            if image is not None:
-                self._ready.move_to_end(key)
-                return image
-            running = self._running.get(key)
-            mine = running is None
-            if running is None:
-                running = self._running[key] = Future()
-        if not mine:
-            return running.result()
         try:
-            image = make()
-        except BaseException as error:
-            with self._lock:
-                del self._running[key]
-            running.set_exception(error)
-            raise
-        with self._lock:
-            del self._running[key]
-            self._ready[key] = image
-            self._bytes += image.nbytes
-            while self._bytes > self._limit:
-                self._bytes -= self._ready.popitem(last=False)[1].nbytes
-        running.set_result(image)
-        return image
+            return page.decode(row, column)
+        except UnknownModelError as error:
+            if not self._carries_model_of(page.read(row, column)):
+                raise
+            raise UnknownModelError(
+                f"{error}, or trust the one that the slide carries: wsicodec models install "
+                f"{self.path}"
+            ) from None
+
+    def _carries_model_of(self, tile: bytes) -> bool:
+        from wsicodec.codec import probe
+
+        model = self.embedded_model()
+        if model is None:
+            return False
+        return hashlib.sha256(model).hexdigest().startswith(probe(tile).model or "none")
+
+
+def _parsed(path: Path) -> Any:
+    """An open tifffile.TiffFile, which takes whatever is called .ndpi for NDPI."""
+    import tifffile
+
+    # or it opens other files by names that the metadata give, and by patterns
+    alone: dict[str, Any] = {"_multifile": False, "is_mmstack": False}
+    if path.suffix.lower() != ".ndpi":
+        return tifffile.TiffFile(path, **alone)
+    with contextlib.suppress(Exception):
+        tiff = tifffile.TiffFile(path, **alone)
+        with contextlib.suppress(Exception):
+            first: Any = tiff.pages[0]
+            if _NDPI_FLAG in first.tags:
+                return tiff
+        tiff.close()
+    return tifffile.TiffFile(path, is_ndpi=False, **alone)

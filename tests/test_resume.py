@@ -1,0 +1,315 @@
+"""Conversions that are killed and go on: nothing done twice, nothing different in the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from slides import CMU, ROOT, nothing_left, tissue, write_svs
+
+from wsicodec.convert import ConvertPlan, ConvertProgress, ConvertSettings, convert, make_plan
+from wsicodec.convert.blocks import Block, CodedBlock
+from wsicodec.convert.tiles import GLASS, CodedTile
+from wsicodec.convert.work import Work, work_folder
+from wsicodec.errors import SlideError
+from wsicodec.slide.opening import open_slide
+
+COMMAND = [sys.executable, "-m", "wsicodec.cli", "convert"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def svs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_svs(tmp_path_factory.mktemp("svs") / "a.svs", tissue(333, 450))
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(blocks: int):
+    left = blocks
+
+    def stop(_: ConvertProgress) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Stopped
+
+    return stop
+
+
+def test_goes_on_where_it_was_stopped(svs: Path, tmp_path: Path) -> None:
+    settings = ConvertSettings("jpeg", tile_size=32, levels=4, block_size=64, resume=True, jobs=1)
+    whole = tmp_path / "whole" / "a.ome.tiff"
+    whole.parent.mkdir()
+    convert(svs, whole, settings)
+    target = tmp_path / "a.ome.tiff"
+    for blocks in (1, 20, 25, 3):
+        with pytest.raises(Stopped):
+            convert(svs, target, settings, stop_after(blocks))
+        assert not target.exists()
+    seen: list[ConvertProgress] = []
+    report = convert(svs, target, settings, seen.append)
+    # 49 of 52 blocks were done, and their tiles are counted from the start
+    assert report.resumed > 46 * 4
+    assert seen[0].tiles_done > report.resumed
+    assert target.read_bytes() == whole.read_bytes()
+    nothing_left(tmp_path, "a.ome.tiff", "whole")
+
+
+def test_other_settings_begin_afresh(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+    first = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True, quality=20)
+    with pytest.raises(Stopped):
+        convert(svs, target, first, stop_after(20))
+    report = convert(svs, target, ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True))
+    assert report.resumed == 0
+    nothing_left(tmp_path, "a.ome.tiff")
+
+
+def test_a_changed_source_begins_afresh(tmp_path: Path) -> None:
+    source = write_svs(tmp_path / "a.svs", tissue(333, 450))
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True)
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "a.ome.tiff", settings, stop_after(20))
+    write_svs(source, tissue(333, 450, 700, 500))
+    assert convert(source, tmp_path / "a.ome.tiff", settings).resumed == 0
+
+
+def test_without_resume_an_earlier_run_is_of_no_interest(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+    settings = {"codec": "jpeg", "tile_size": 64, "block_size": 64}
+    with pytest.raises(Stopped):
+        convert(svs, target, ConvertSettings(**settings, resume=True), stop_after(20))
+    assert work_folder(target).is_dir()
+    assert convert(svs, target, ConvertSettings(**settings)).resumed == 0
+    nothing_left(tmp_path, "a.ome.tiff")
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "learned"])
+def test_processes_and_threads_write_the_same(svs: Path, tmp_path: Path, codec: str) -> None:
+    files = []
+    for here in (True, False):
+        folder = tmp_path / str(here)
+        folder.mkdir()
+        settings = ConvertSettings(
+            codec,
+            tile_size=64,
+            levels=4,
+            block_size=128,
+            jobs=2,
+            in_process=here,
+            glass="drop",
+            tissue="otsu",
+        )
+        convert(svs, folder / "a.ome.tiff", settings)
+        files.append((folder / "a.ome.tiff").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_worker_that_dies_is_named(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+    before = _children()
+
+    def kill(_: ConvertProgress) -> None:
+        for child in _children() - before:
+            os.kill(child, signal.SIGKILL)
+
+    settings = ConvertSettings("jpeg", tile_size=32, block_size=32, jobs=2, in_process=False)
+    with pytest.raises(SlideError, match=r"a\.svs: level 0.*signal 9"):
+        convert(svs, target, settings, kill)
+    nothing_left(tmp_path)
+    assert not _children() - before
+    assert not [t for t in threading.enumerate() if t.name.startswith("wsicodec")]
+
+
+def _children() -> set[int]:
+    """Processes that this one started."""
+    found = set()
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal():
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == os.getpid() and fields[0] != "Z":
+                found.add(int(path.name))
+    return found
+
+
+def test_two_at_once_on_one_target(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+
+    def second(_: ConvertProgress) -> None:
+        done = subprocess.run(
+            [*COMMAND, str(svs), str(target), "--codec", "jpeg"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "is being written by another process" in done.stderr
+
+    convert(svs, target, ConvertSettings("jpeg"), second)
+    nothing_left(tmp_path, "a.ome.tiff")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    target = tmp_path_factory.mktemp("whole") / "a.ome.tiff"
+    convert(CMU, target, ConvertSettings("jpeg", levels=3, tile_size=64, block_size=256))
+    return target.read_bytes()
+
+
+def kill_and_resume(folder: Path, moments: list[float], options: list[str]) -> int:
+    """Kill a conversion after each of these shares of a second; the number that were killed."""
+    command = [*COMMAND, str(CMU), "a.ome.tiff", "--resume", *options]
+    killed = 0
+    for moment in moments:
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    if not (folder / "a.ome.tiff").exists():
+        subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    return killed
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """kill -9, whatever the process is doing; the last run writes what one run would have."""
+    options = ["--codec", "jpeg", "--levels", "4", "--tile-size", "64"]
+    whole = tmp_path / "whole"
+    part = tmp_path / "part"
+    for folder in (whole, part):
+        folder.mkdir()
+    subprocess.run(
+        [*COMMAND, str(CMU), "a.ome.tiff", *options],
+        cwd=whole,
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
+    )
+    moments = random.Random(0)
+    assert kill_and_resume(part, [moments.uniform(0.3, 2.0) for _ in range(4)], options) >= 2
+    assert (part / "a.ome.tiff").read_bytes() == (whole / "a.ome.tiff").read_bytes()
+    nothing_left(part, "a.ome.tiff")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_twenty_random_moments(tmp_path: Path, seed: int) -> None:
+    """The learned codec in worker processes, killed once somewhere and resumed."""
+    options = ["--jobs", "2", "--levels", "4", "--glass", "drop", "--floor-ssim", "0.95"]
+    whole = tmp_path / "whole"
+    part = tmp_path / "part"
+    for folder in (whole, part):
+        folder.mkdir()
+    started = time.monotonic()
+    subprocess.run(
+        [*COMMAND, str(CMU), "a.ome.tiff", *options],
+        cwd=whole,
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
+    )
+    took = time.monotonic() - started
+    kill_and_resume(part, [random.Random(seed).uniform(0.2, took)], options)
+    assert (part / "a.ome.tiff").read_bytes() == (whole / "a.ome.tiff").read_bytes()
+    nothing_left(part, "a.ome.tiff")
+
+
+@pytest.fixture
+def plan(svs: Path, tmp_path: Path) -> ConvertPlan:
+    with open_slide(svs) as slide:
+        chosen = ConvertSettings("jpeg", tile_size=64, levels=4, block_size=64)
+        return make_plan(slide.info, tmp_path / "a.tiff", chosen)
+
+
+class TestWork:
+    """The journal of finished blocks."""
+
+    @staticmethod
+    def block(number: int) -> CodedBlock:
+        rng = np.random.default_rng(number)
+        glass = number % 3 == 0
+        data = None if glass else rng.bytes(int(rng.integers(1, 300)))
+        tile = CodedTile(0, number // 8, number % 8, data, GLASS if glass else 255, 70, 40.5, 0.97)
+        piece = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        return CodedBlock(Block(0, number // 8, number % 8), (tile,), piece)
+
+    @given(cut=st.integers(1, 2**20), flip=st.none() | st.integers(0, 2**20))
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_what_is_whole_is_kept(self, plan, cut: int, flip: int | None) -> None:
+        """Cut anywhere, changed anywhere: blocks before that place are there, others are not."""
+        ends = []
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            for number in range(5):
+                work.add(self.block(number))
+                ends.append((work.folder / "blocks.bin").stat().st_size)
+            raise Stopped
+        path = work.folder / "blocks.bin"
+        content = bytearray(path.read_bytes())
+        cut = cut % len(content)
+        whole = sum(end <= cut for end in ends)
+        content = content[:cut]
+        if flip is not None and content:
+            flip %= len(content)
+            content[flip] ^= 4
+            whole = min(whole, sum(end <= flip for end in ends))
+        path.write_bytes(content)
+        with Work(plan, {"a": 1}, keep=True) as work:
+            assert len(work.blocks) == whole
+            for number in range(whole):
+                block = self.block(number)
+                tile, piece = block.tiles[0], block.piece
+                assert piece is not None
+                assert next(itertools.islice(work.tiles(0), number, None)) == tile.data
+                np.testing.assert_array_equal(work.piece(block.block), piece)
+            work.add(self.block(7))
+            assert Block(0, 0, 7) in work.blocks
+        assert not work.folder.exists()
+
+    def test_another_plan_is_not_gone_on_with(self, plan) -> None:
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            work.add(self.block(1))
+            work.keep_mask(b"mask")
+            raise Stopped
+        with Work(plan, {"a": 2}, keep=True) as work:
+            assert not work.blocks
+            assert work.mask() is None
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"null", json.dumps({"a": 1}).encode()[:-1]])
+    def test_a_torn_plan_is_none(self, plan, content: bytes) -> None:
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            work.add(self.block(1))
+            raise Stopped
+        (work.folder / "plan.json").write_bytes(content)
+        with Work(plan, {"a": 1}, keep=True) as work:
+            assert not work.blocks
+
+    def test_foreign_files_are_left_alone(self, plan) -> None:
+        work = Work(plan, {"a": 1}, keep=False)
+        work.folder.mkdir()
+        (work.folder / "thesis.doc").write_text("mine")
+        with work:
+            work.add(self.block(1))
+        assert [p.name for p in work.folder.iterdir()] == ["thesis.doc"]
+        (work.folder / "thesis.doc").unlink()
+        work.folder.rmdir()

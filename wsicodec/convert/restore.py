@@ -1,0 +1,187 @@
+"""Gives back the JPEG tiles of a file that ``transcode_slide`` made, to the last bit."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from wsicodec.convert.ordered import in_order
+from wsicodec.convert.passthrough import IN_FLIGHT, transcode_tag
+from wsicodec.convert.results import ConvertReport, Progress
+from wsicodec.convert.rewrap import (
+    COPY,
+    Job,
+    PassingLevel,
+    PassOptions,
+    segment_shape,
+    write_passing,
+)
+from wsicodec.errors import ChecksumError, FormatError, SettingsError, UnsupportedError
+from wsicodec.settings import thread_budget
+from wsicodec.slide.jpegstream import ADOBE_RGB, without_tables
+from wsicodec.slide.opening import open_slide
+from wsicodec.slide.pages import check_declared
+from wsicodec.slide.tiff import TiffReader
+from wsicodec.slide.transcoding import LevelOrigin, Way, parse_origins
+from wsicodec.slide.white import white_segment
+
+_JPEGXL = 50002
+_HEADS = {Way.TRANSCODED: b"", Way.AS_RGB: ADOBE_RGB}
+
+
+def restore(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layout: str = "subifd",
+    overwrite: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write the file that ``copy_slide`` would have made of the slide before it was transcoded.
+
+    Every tile and table is compared with the checksums that were taken of the original, and the
+    written file is read back. The target appears only when all of them match.
+    jobs: threads; None takes the thread budget.
+
+    Raises UnsupportedError for a file that was not transcoded, FormatError and ChecksumError naming
+    the tile where the file was changed since, SlideError for what cannot be read or written.
+    """
+    threads = thread_budget() if jobs is None else jobs
+    if threads < 1:
+        raise SettingsError(f"jobs {threads} is not 1 or more")
+    with open_slide(source) as reader:
+        origins = _origins(reader)
+        assert isinstance(reader, TiffReader)
+        record = reader.info.record
+        options = PassOptions(layout, overwrite)
+        if record is not None:
+            options = replace(
+                options,
+                strip_metadata=record.settings.get("strip_metadata") is True,
+                source=lambda: record.source,
+                deidentified=record.deidentified,
+            )
+        job = Job.of(reader, target, COPY, options)
+        with ThreadPoolExecutor(threads, thread_name_prefix="wsicodec") as pool:
+            work = [
+                _Restoring(reader, index, origin, pool, threads * IN_FLIGHT)
+                for index, origin in enumerate(origins)
+            ]
+            return write_passing(job, work, progress)
+
+
+def _origins(reader: object) -> tuple[LevelOrigin, ...]:
+    """How the levels came to be, checked against the file's own directories."""
+    if not isinstance(reader, TiffReader):
+        raise UnsupportedError("only TIFF files can be restored")
+    path = reader.info.path
+    data = transcode_tag(reader)
+    if data is None:
+        raise UnsupportedError(
+            f"{path}: was not made with --lossless-transcode, there is nothing to restore from it"
+        )
+    try:
+        origins = parse_origins(data)
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    if len(origins) != len(reader.levels):
+        raise FormatError(
+            f"{path}: transcode tag tells of {len(origins)} levels, the file has "
+            f"{len(reader.levels)}"
+        )
+    for level, origin in zip(reader.levels, origins, strict=True):
+        here, there = reader.stored_layout(level.index), origin.layout
+        if (here.height, here.width, here.tile, here.rows_per_strip) != (
+            there.height,
+            there.width,
+            there.tile,
+            there.rows_per_strip,
+        ):
+            raise FormatError(
+                f"{path}: level {level.index}: transcode tag tells of another size or other tiles"
+            )
+    return origins
+
+
+class _Restoring(PassingLevel):
+    """Segments of a level as they were before it was transcoded."""
+
+    def __init__(
+        self,
+        reader: TiffReader,
+        index: int,
+        origin: LevelOrigin,
+        pool: ThreadPoolExecutor,
+        in_flight: int,
+    ) -> None:
+        super().__init__(origin.layout, origin.layout, len(origin.ways))
+        self._reader = reader
+        self._level = reader.levels[index]
+        self._origin = origin
+        self._pool = pool
+        self._in_flight = in_flight
+        self._where = f"{reader.info.path}: level {index}"
+
+    def segments(self) -> Iterator[bytes]:
+        ways = [Way(way) for way in self._origin.ways]
+        kept = iter(self._origin.kept)
+        tasks = (
+            partial(self._restore, number, way, next(kept) if way is Way.KEPT else b"")
+            for number, way in enumerate(ways)
+        )
+        white: dict[int, bytes] = {}
+        results = in_order(self._pool, tasks, self._in_flight)
+        for number, (way, data) in enumerate(results):
+            if way is Way.LEFT_OUT:
+                row = number // self._level.columns
+                height, width = segment_shape(self.after, row)
+                if height not in white:
+                    white[height] = white_segment(self.after, height, width, self._like(ways))
+                yield self.note(way, b"", white[height])
+            else:
+                yield self.note(way, data, data)
+        if self.origin().sha256 != self._origin.sha256:
+            raise ChecksumError(
+                f"{self._where}: its tiles and tables are not those that were transcoded"
+            )
+
+    def _like(self, ways: list[Way]) -> bytes | None:
+        """The first segment that there is."""
+        kept = iter(self._origin.kept)
+        for number, way in enumerate(ways):
+            if way is not Way.LEFT_OUT:
+                return self._restore(number, way, next(kept) if way is Way.KEPT else b"")[1]
+        return None
+
+    def _restore(self, number: int, way: Way, kept: bytes) -> tuple[Way, bytes]:
+        """Bytes of a segment of the original, checked. kept: where the tag has them."""
+        row, column = divmod(number, self._level.columns)
+        where = f"{self._where}: tile at row {row}, column {column}"
+        if way is Way.LEFT_OUT:
+            return way, b""
+        data = kept
+        if way is not Way.KEPT:
+            data = self._reader.tile_bytes(self._level.index, row, column)
+            if way in _HEADS:
+                check_declared(data, _JPEGXL, *segment_shape(self.after, row), where)
+                data = self._unpacked(data, way, where)
+        if zlib.crc32(data) != self._origin.checks[number]:
+            raise ChecksumError(f"{where}: is not the tile that was transcoded")
+        return way, data
+
+    def _unpacked(self, data: bytes, way: Way, where: str) -> bytes:
+        """The JPEG segment in a JPEG-XL stream."""
+        import imagecodecs
+
+        try:
+            whole = bytes(imagecodecs.jpegxl_decode_jpeg(data, numthreads=1))
+            return without_tables(self.after.jpegtables, whole, _HEADS[way])
+        except (FormatError, RuntimeError, ValueError) as error:
+            raise FormatError(
+                f"{where}: its JPEG-XL stream does not turn back into JPEG: {error}"
+            ) from error
