@@ -479,7 +479,9 @@ class TestFailuresLeaveNothing:
         original = output.atomic_file
         monkeypatch.setattr(
             "wsicodec.convert.pipeline.atomic_file",
-            lambda target, overwrite: original(LimitedPath(target), overwrite=overwrite),
+            lambda target, overwrite, part: original(
+                LimitedPath(target), overwrite=overwrite, part=LimitedPath(part)
+            ),
         )
         with pytest.raises(SlideError, match="cannot be written") as caught:
             convert(svs, folder / "a.ome.tiff", ConvertSettings(**LOSSLESS))

@@ -168,11 +168,17 @@ def test_two_at_once_on_one_target(svs: Path, tmp_path: Path) -> None:
     nothing_left(tmp_path, "a.ome.tiff")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    target = tmp_path_factory.mktemp("whole") / "a.ome.tiff"
-    convert(CMU, target, ConvertSettings("jpeg", levels=3, tile_size=64, block_size=256))
-    return target.read_bytes()
+def whole_run(folder: Path, options: list[str]) -> tuple[bytes, float]:
+    """What one run writes, and the seconds that it takes."""
+    started = time.monotonic()
+    subprocess.run(
+        [*COMMAND, str(CMU), "a.ome.tiff", *options],
+        cwd=folder,
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
+    )
+    return (folder / "a.ome.tiff").read_bytes(), time.monotonic() - started
 
 
 def kill_and_resume(folder: Path, moments: list[float], options: list[str]) -> int:
@@ -192,47 +198,35 @@ def kill_and_resume(folder: Path, moments: list[float], options: list[str]) -> i
     return killed
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """kill -9, whatever the process is doing; the last run writes what one run would have."""
     options = ["--codec", "jpeg", "--levels", "4", "--tile-size", "64"]
-    whole = tmp_path / "whole"
-    part = tmp_path / "part"
-    for folder in (whole, part):
-        folder.mkdir()
-    subprocess.run(
-        [*COMMAND, str(CMU), "a.ome.tiff", *options],
-        cwd=whole,
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-    )
+    whole, _ = whole_run(tmp_path_factory.mktemp("whole"), options)
     moments = random.Random(0)
-    assert kill_and_resume(part, [moments.uniform(0.3, 2.0) for _ in range(4)], options) >= 2
-    assert (part / "a.ome.tiff").read_bytes() == (whole / "a.ome.tiff").read_bytes()
-    nothing_left(part, "a.ome.tiff")
+    assert kill_and_resume(tmp_path, [moments.uniform(0.3, 2.0) for _ in range(4)], options) >= 2
+    assert (tmp_path / "a.ome.tiff").read_bytes() == whole
+    nothing_left(tmp_path, "a.ome.tiff")
+
+
+SLOW_OPTIONS = ["--jobs", "2", "--levels", "4", "--glass", "drop", "--floor-ssim", "0.97"]
+SLOW_OPTIONS += ["--tile-size", "128"]  # more tiles than a single process would code
+
+
+@pytest.fixture(scope="module")
+def learned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, float]:
+    return whole_run(tmp_path_factory.mktemp("whole"), SLOW_OPTIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_twenty_random_moments(tmp_path: Path, seed: int) -> None:
+def test_killed_at_twenty_random_moments(
+    tmp_path: Path, learned_run: tuple[bytes, float], seed: int
+) -> None:
     """The learned codec in worker processes, killed once somewhere and resumed."""
-    options = ["--jobs", "2", "--levels", "4", "--glass", "drop", "--floor-ssim", "0.95"]
-    whole = tmp_path / "whole"
-    part = tmp_path / "part"
-    for folder in (whole, part):
-        folder.mkdir()
-    started = time.monotonic()
-    subprocess.run(
-        [*COMMAND, str(CMU), "a.ome.tiff", *options],
-        cwd=whole,
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-    )
-    took = time.monotonic() - started
-    kill_and_resume(part, [random.Random(seed).uniform(0.2, took)], options)
-    assert (part / "a.ome.tiff").read_bytes() == (whole / "a.ome.tiff").read_bytes()
-    nothing_left(part, "a.ome.tiff")
+    whole, seconds = learned_run
+    kill_and_resume(tmp_path, [random.Random(seed).uniform(0.2, seconds)], SLOW_OPTIONS)
+    assert (tmp_path / "a.ome.tiff").read_bytes() == whole
+    nothing_left(tmp_path, "a.ome.tiff")
 
 
 @pytest.fixture

@@ -22,19 +22,24 @@ _REASONS = {
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+def atomic_file(target: Path, *, overwrite: bool, part: Path | None = None) -> Iterator[BinaryIO]:
     """Open ``.<name>.<pid>.part`` beside the target; rename it to the target on success.
+
+    part: another name on the same file system, that nobody else writes to: what a process that was
+    killed left there is replaced.
 
     The bytes are on the disk (fsync) before the name changes. Whatever goes wrong, even a
     KeyboardInterrupt, removes the part and leaves what was under the name before.
 
     Raises SlideError, naming the target, for what the file system refuses.
     """
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    given, part = part, part or target.with_name(f".{target.name}.{os.getpid()}.part")
     file: BinaryIO | None = None
     ours = True
     try:
         try:
+            if given is not None:
+                part.unlink(missing_ok=True)
             file = part.open("xb+")
             yield file
             file.flush()

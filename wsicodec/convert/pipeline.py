@@ -34,7 +34,7 @@ from wsicodec.convert.output import atomic_file
 from wsicodec.convert.plan import ConvertPlan, ConvertSettings, is_zarr, make_plan
 from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
 from wsicodec.convert.tiles import TileCoder
-from wsicodec.convert.work import Work
+from wsicodec.convert.work import TARGET_PART, Work
 from wsicodec.errors import UnsupportedError, VerifyError, WsicodecError
 from wsicodec.metrics import METRIC_ARGUMENTS, TileQuality, summarise
 from wsicodec.slide.ometiff import CodedLevel, write_slide
@@ -355,9 +355,11 @@ def _write(
             passport=passport.pack(),
             overwrite=settings.overwrite,
             check=check,
+            part=work.folder / TARGET_PART,
         )
         return
-    with atomic_file(plan.target, overwrite=settings.overwrite) as file:
+    part = work.folder / TARGET_PART
+    with atomic_file(plan.target, overwrite=settings.overwrite, part=part) as file:
         write_slide(
             file,
             levels,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,8 @@ from wsicodec.slide.passport import LevelMap
 
 Image = npt.NDArray[np.uint8]
 
+TARGET_PART = "target.part"
+"""The target while it is being written."""
 _RECORD = struct.Struct("<4sIIIIII")  # magic, pass, row, column, tiles, bytes, CRC of what follows
 _TILE = struct.Struct("<IIIBBddI")  # level, row, column, mode, quality, PSNR, SSIM, bytes
 _PIECE = struct.Struct("<II")  # rows, columns
@@ -307,8 +310,10 @@ def _locked(path: Path) -> IO[bytes] | None:
 
 def _remove(folder: Path) -> None:
     """Remove the folder and what a conversion puts there, nothing else."""
-    names = ("blocks.bin", "mask.bin", "mask.part", "plan.json", "plan.part", "lock")
+    names = ("blocks.bin", "mask.bin", "mask.part", "plan.json", "plan.part", TARGET_PART, "lock")
     with contextlib.suppress(OSError):
         for name in names:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from wsicodec.metrics import PSNR_OF_EQUAL
-
 MAX_SHOWN = 300
 
 
@@ -34,11 +32,14 @@ def size_text(count: int) -> str:
     return f"{value:.2f} TB"
 
 
+EXACT_DECIBELS = 100.0  # metrics.PSNR_OF_EQUAL, without loading NumPy
+
+
 def psnr_text(psnr: float) -> str:
     """dB; ``exact`` for equal pixels, a dash where not measured."""
     if math.isnan(psnr):
         return "–"
-    return "exact" if psnr >= PSNR_OF_EQUAL else f"{psnr:.2f}"
+    return "exact" if psnr >= EXACT_DECIBELS else f"{psnr:.2f}"
 
 
 def ssim_text(ssim: float) -> str:

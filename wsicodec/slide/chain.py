@@ -173,8 +173,9 @@ def _check_places(file: SlideFile, values: dict[int, Integers], name: str) -> No
 
 def _place_of(index: int, values: dict[int, Integers]) -> str:
     """A tile by row and column, as other messages have it; a strip by number."""
-    sides = [[int(n) for code in pair for n in values.get(code, ())] for pair in _SIDES]
-    if not all(len(side) == 2 and side[1] > 0 for side in sides):
+    known = {code: int(array[0]) for code, array in values.items() if array.size == 1}
+    sides = [(known.get(whole, 0), known.get(tile, 0)) for whole, tile in _SIDES]
+    if not all(tile for _, tile in sides):
         return f"strip {index}"
     rows, columns = (max(1, -(-whole // tile)) for whole, tile in sides)
     row, column = divmod(index % (rows * columns), columns)  # planes come one after the other

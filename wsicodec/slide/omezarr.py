@@ -84,6 +84,7 @@ def write_omezarr(
     shard_tiles: int = DEFAULT_SHARD_TILES,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    part: Path | None = None,
 ) -> None:
     """Write a pyramid as a folder that appears under its name whole or not at all.
 
@@ -91,6 +92,7 @@ def write_omezarr(
     model, passport: bytes to carry along. associated: images beside the pyramid, without loss.
     shard_tiles: rows and columns of tiles in a shard, a file. overwrite: replace an earlier Zarr.
     check: called with the complete folder before it gets its name; what it raises ends the writing.
+    part: as in ``atomic_folder``.
 
     Raises SettingsError, UnsupportedError (codec), SlideError when tiles are too few or too many,
     have no bytes or another size, and for what the file system refuses, LimitError for metadata
@@ -119,26 +121,26 @@ def write_omezarr(
             "every_chunk_is_stored": True,
         },
     }
-    with atomic_folder(folder, overwrite=overwrite) as part:
-        _write_group(part, attributes)
+    with atomic_folder(folder, overwrite=overwrite, part=part) as new:
+        _write_group(new, attributes)
         for index, level in enumerate(levels):
             _write_image_array(
-                part / str(index),
+                new / str(index),
                 _Grid(level.height, level.width, level.tile_size, level.tile_size),
                 _wrapped(_counted(level, index), codec, level.tile_size, f"level {index}"),
                 tile_codec,
                 shard_tiles,
             )
         if kept:
-            _write_group(part / "wsicodec", {})
+            _write_group(new / "wsicodec", {})
         for name, data in kept.items():
-            _write_blob(part / "wsicodec" / name, data)
+            _write_blob(new / "wsicodec" / name, data)
         if places:
-            _write_group(part / "associated", {})
+            _write_group(new / "associated", {})
         for image, place in zip(associated, places, strict=True):
-            _write_associated(part / place, image, record)
+            _write_associated(new / place, image, record)
         if check is not None:
-            check(part)
+            check(new)
 
 
 def _check(
@@ -592,8 +594,11 @@ def _lossless(tile: Image) -> bytes:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool, part: Path | None = None) -> Iterator[Path]:
     """A new folder ``.<name>.<pid>.part`` beside the target, renamed to it on success.
+
+    part: another name on the same file system, that nobody else writes to: what a process that was
+    killed left there is replaced.
 
     All bytes are on the disk (fsync) before the name changes. Whatever goes wrong, the part is
     removed and what was under the name before stays. A Zarr hierarchy is replaced where
@@ -602,7 +607,10 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises SlideError, naming the target, for what the file system refuses.
     """
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if part is None:
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    else:
+        shutil.rmtree(part, ignore_errors=True)
     _check_target(target, overwrite)
     try:
         part.mkdir()
