@@ -496,13 +496,7 @@ def test_every_slide_as_it_is(
     settings: dict[str, Any],
     container: str,
     record_property: Record,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if (name, settings["codec"], container) == ("os-1-detail.ome.tif", "copy", "flat"):
-        why = (
-            "tiles of YCbCr that the source's tags call RGB: OpenSlide shows them in wrong colours"
-        )
-        request.applymarker(pytest.mark.xfail(reason=why, raises=AssertionError))
     source = SOURCES[name](folder)
     info = wanted(source).info
     tiff = info.format in ("svs", "ome-tiff", "tiff")

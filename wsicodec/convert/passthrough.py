@@ -26,6 +26,7 @@ from wsicodec.convert.rewrap import (
     Job,
     PassingLevel,
     PassOptions,
+    as_stream_says,
     segment_shape,
     write_passing,
 )
@@ -251,13 +252,17 @@ class _FromReader(PassingLevel):
                 data = cleaned(self.before.compression, data)
         return data
 
+    def _first(self) -> bytes | None:
+        """The first segment that there is."""
+        return next(filter(None, (self.read(*place) for place in self._places())), None)
+
     def _left_out(self, row: int) -> bytes:
         """The segment that stands for one that the source leaves out."""
         height, width = segment_shape(self.after, row)
         if height not in self._white:
             like = None
             if _is_jpeg(self.after):
-                like = next(filter(None, (self.read(*place) for place in self._places())), None)
+                like = self._first()
             with _naming(self._where):
                 self._white[height] = white_segment(self.after, height, width, like)
         return self._white[height]
@@ -268,6 +273,7 @@ class _Copying(_FromReader):
 
     def __init__(self, reader: TiffReader, index: int, strip: bool) -> None:
         super().__init__(reader, index, strip, None)
+        self.after = as_stream_says(self.after, self._first())
 
     def segments(self) -> Iterator[bytes]:
         for row, column in self._places():

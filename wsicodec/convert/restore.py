@@ -17,6 +17,7 @@ from wsicodec.convert.rewrap import (
     Job,
     PassingLevel,
     PassOptions,
+    as_stream_says,
     segment_shape,
     write_passing,
 )
@@ -126,6 +127,7 @@ class _Restoring(PassingLevel):
         self._pool = pool
         self._in_flight = in_flight
         self._where = f"{reader.info.path}: level {index}"
+        self.after = as_stream_says(self.after, self._like([Way(way) for way in origin.ways]))
 
     def segments(self) -> Iterator[bytes]:
         ways = [Way(way) for way in self._origin.ways]

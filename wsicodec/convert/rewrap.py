@@ -39,7 +39,14 @@ from wsicodec.slide.directories import (
     resolution_tags,
     subfile_tag,
 )
-from wsicodec.slide.ometiff import LAYOUTS, MAX_LEVELS, SlideMetadata, flat_description
+from wsicodec.slide.jpegstream import app0_names, with_tables
+from wsicodec.slide.ometiff import (
+    LAYOUTS,
+    MAX_LEVELS,
+    SlideMetadata,
+    flat_description,
+    jpeg_colours,
+)
 from wsicodec.slide.pages import named
 from wsicodec.slide.protocol import AssociatedImage, SlideInfo, StoredLayout
 from wsicodec.slide.record import (
@@ -237,6 +244,23 @@ def _metadata(info: SlideInfo, target: Path) -> SlideMetadata:
         icc_profile=info.icc_profile,
         acquisition_date=info.acquisition_date,
     )
+
+
+def as_stream_says(layout: StoredLayout, stream: bytes | None) -> StoredLayout:
+    """The layout with the colours that a JPEG segment of it has, where its tags tell others.
+
+    JFIF streams are YCbCr. Under tags that say RGB, tifffile believes the stream, libtiff the tags.
+    """
+    if layout.compression != _JPEG or layout.photometric != _PHOTOMETRICS[0] or not stream:
+        return layout
+    try:
+        whole = with_tables(layout.jpegtables, stream)
+        if b"JFIF\0" not in app0_names(whole):
+            return layout
+        _, subsampling = jpeg_colours(whole)
+    except FormatError:
+        return layout  # broken, and copied as it is
+    return replace(layout, photometric=_PHOTOMETRICS[1], subsampling=subsampling)
 
 
 def segment_shape(layout: StoredLayout, row: int) -> tuple[int, int]:
