@@ -31,7 +31,7 @@ from wsicodec.convert.coders import (
 )
 from wsicodec.convert.ordered import as_done
 from wsicodec.convert.output import atomic_file
-from wsicodec.convert.plan import ConvertPlan, ConvertSettings, is_zarr, make_plan
+from wsicodec.convert.plan import ConvertPlan, ConvertSettings, LevelPlan, is_zarr, make_plan
 from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
 from wsicodec.convert.tiles import TileCoder
 from wsicodec.convert.work import TARGET_PART, Work
@@ -39,7 +39,7 @@ from wsicodec.errors import UnsupportedError, VerifyError, WsicodecError
 from wsicodec.metrics import METRIC_ARGUMENTS, TileQuality, summarise
 from wsicodec.slide.ometiff import CodedLevel, write_slide
 from wsicodec.slide.opening import open_slide, open_tiles
-from wsicodec.slide.passport import Passport, mode_counts, summarise_level
+from wsicodec.slide.passport import LevelMap, Passport, mode_counts, summarise_level
 from wsicodec.slide.protocol import SlideReader
 from wsicodec.slide.record import (
     AREA_AVERAGE,
@@ -85,7 +85,8 @@ def convert(
         if chosen.codec == "copy" or chosen.lossless_transcode:
             return _keep_streams(slide, plan, progress)
         model, model_bytes = _model_of(chosen)
-        _try_codec(chosen)
+        # what is missing or wrong must show before the work starts
+        TileCoder(chosen).try_out()
         beside = Beside.of(slide, plan)
         with (
             Work(plan, _same_work(plan, model), keep=chosen.resume) as work,
@@ -102,10 +103,7 @@ def convert(
             identity = None if digest is None else digest.identity()
             record = _record(plan, model, beside, passport, identity)
             _write(plan, work, tile_coder, beside, record, passport, model_bytes)
-            reports = tuple(_level_report(plan, work, lv.index) for lv in plan.levels)
-        measured = [
-            tile for index in range(len(plan.levels)) for tile in _qualities(plan, work, index)
-        ]
+            measured = [_qualities(plan, work, lv.index) for lv in plan.levels]
         return ConvertReport(
             source=slide.info.path,
             target=plan.target,
@@ -114,8 +112,11 @@ def convert(
             quality_setting=chosen.fixed_quality,
             source_bytes=slide.info.file_bytes,
             target_bytes=_size_of(plan.target),
-            levels=reports,
-            quality=summarise(measured),
+            levels=tuple(
+                _level_report(*each)
+                for each in zip(plan.levels, passport.levels, measured, strict=True)
+            ),
+            quality=summarise([tile for tiles in measured for tile in tiles]),
             seconds=time.perf_counter() - started,
             pixels=plan.pixels,
             associated=tuple(image.name for image in beside.associated),
@@ -331,7 +332,7 @@ def _write(
     settings = plan.settings
     glass = None
     if settings.glass == "drop":
-        glass = tile_coder.glass_tile(settings.tile_size)
+        glass = tile_coder.glass_tile
     levels = [
         CodedLevel(level.height, level.width, level.tile_size, work.tiles(level.index), glass)
         for level in plan.levels
@@ -404,18 +405,6 @@ def _model_of(settings: ConvertSettings) -> tuple[ModelId | None, bytes | None]:
     return ModelId(found.name, found.digest), content
 
 
-def _try_codec(settings: ConvertSettings) -> None:
-    """Code one small tile: a missing library or a wrong option must show before the work starts."""
-    ramp = np.arange(16 * 16 * 3, dtype=np.uint32).reshape(16, 16, 3)
-    options = dict(settings.options)
-    if settings.codec == "learned":
-        options["model"] = settings.model
-    quality = None if settings.target is not None else settings.quality
-    wsicodec.encode(
-        (ramp * 85 // 256).astype(np.uint8), codec=settings.codec, quality=quality, **options
-    )
-
-
 def _same_work(plan: ConvertPlan, model: ModelId | None) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped."""
     status = plan.source.path.stat()
@@ -482,16 +471,12 @@ def _qualities(plan: ConvertPlan, work: Work, index: int) -> Sequence[TileQualit
     ]
 
 
-def _level_report(plan: ConvertPlan, work: Work, index: int) -> LevelReport:
-    level, found = plan.levels[index], work.level_map(index)
-    return LevelReport(
-        index,
-        level.height,
-        level.width,
-        level.tiles,
-        int(found.bytes.sum(dtype=np.int64)),
-        summarise(_qualities(plan, work, index)),
-    )
+def _level_report(
+    level: LevelPlan, found: LevelMap, measured: Sequence[TileQuality]
+) -> LevelReport:
+    coded_bytes = int(found.bytes.sum(dtype=np.int64))
+    quality = summarise(measured)
+    return LevelReport(level.index, level.height, level.width, level.tiles, coded_bytes, quality)
 
 
 def _size_of(target: Path) -> int:

@@ -8,6 +8,7 @@ are the filled pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class TileCoder:
                 if self.settings.glass == "drop":
                     nan = math.nan
                     return CodedTile(level.index, row, column, None, GLASS, 0, nan, nan)
-                data = self.glass_tile(size)
+                data = self.glass_tile
                 trial = _measured(data, 0, np.full_like(pixels, self.mask.background))
                 mode, _ = _mode_of(data)
                 return CodedTile(level.index, row, column, data, mode, 0, trial.psnr, trial.ssim)
@@ -107,12 +108,20 @@ class TileCoder:
             level.index, row, column, trial.data, mode, quality, trial.psnr, trial.ssim
         )
 
-    def glass_tile(self, size: int) -> bytes:
-        """The stream of tiles that are glass from edge to edge: the same for all of one size.
+    def try_out(self) -> None:
+        """Code a small tile: a missing library or a wrong option shows. Raises what coding does."""
+        ramp = np.arange(16 * 16 * 3, dtype=np.uint32).reshape(16, 16, 3)
+        quality = None if self.settings.target is not None else self.settings.quality
+        self._encode((ramp * 85 // 256).astype(np.uint8), quality)
+
+    @functools.cached_property
+    def glass_tile(self) -> bytes:
+        """The stream of tiles that are glass from edge to edge: the same for all.
 
         Without loss where the codec has that: codecs that aim at a PSNR would be far off.
         """
         assert self.mask is not None
+        size = self.settings.tile_size
         flat = np.empty((size, size, 3), np.uint8)
         flat[:] = self.mask.background
         exact = self._exact(flat, flat)

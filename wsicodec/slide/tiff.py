@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from wsicodec.errors import (
     SettingsError,
     SlideError,
@@ -37,6 +35,7 @@ from wsicodec.slide.protocol import (
     StoredLayout,
 )
 from wsicodec.slide.record import TAG_MODEL, TAG_RECORD, FileRecord, parse_record
+from wsicodec.slide.region import region_of_tiles
 
 _ICC_PROFILE = 34675
 _NDPI_FLAG = 65420
@@ -149,26 +148,13 @@ class TiffReader:
 
         Raises SettingsError for a rectangle outside, SlideError naming a tile that is damaged.
         """
-        page = self._page(level)
-        if not (0 <= y <= y + height <= page.height and 0 <= x <= x + width <= page.width):
-            raise SettingsError(
-                f"{self.path}: level {level}: region of {height} x {width} at ({y}, {x}) is not "
-                f"inside {page.height} x {page.width} (rows x columns)"
-            )
-        region = np.empty((height, width, 3), np.uint8)
-        if not region.size:
-            return region
-        tall, wide = page.segment_height, page.segment_width
-        for row in range(y // tall, (y + height - 1) // tall + 1):
-            for column in range(x // wide, (x + width - 1) // wide + 1):
-                tile = self._segment(level, row, column)
-                top, left = row * tall, column * wide
-                y0, y1 = max(y, top), min(y + height, top + tile.shape[0])
-                x0, x1 = max(x, left), min(x + width, left + tile.shape[1])
-                region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
-                    y0 - top : y1 - top, x0 - left : x1 - left
-                ]
-        return region
+        self._page(level)
+        return region_of_tiles(
+            self.levels[level],
+            f"{self.path}: level {level}",
+            (y, x, height, width),
+            lambda row, column: self._segment(level, row, column),
+        )
 
     def stored_layout(self, level: int) -> StoredLayout:
         """How the file keeps a level; ``tile_bytes`` gives the segments of this layout.

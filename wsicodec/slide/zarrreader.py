@@ -35,6 +35,7 @@ from wsicodec.slide.omezarr import (
 )
 from wsicodec.slide.protocol import DEFAULT_CACHE_BYTES, AssociatedImage, Image, Level, SlideInfo
 from wsicodec.slide.record import FileRecord, parse_record
+from wsicodec.slide.region import region_of_tiles
 from wsicodec.slide.zarrarray import ZarrArray, folder_bytes, inside, read_metadata
 
 MAX_BLOB_BYTES = 2**28
@@ -136,26 +137,13 @@ class ZarrReader:
 
         Raises SettingsError for a rectangle outside, SlideError naming a tile that is damaged.
         """
-        grid = self._level(level)
-        if not (0 <= y <= y + height <= grid.height and 0 <= x <= x + width <= grid.width):
-            raise SettingsError(
-                f"{self.path}: level {level}: region of {height} x {width} at ({y}, {x}) is not "
-                f"inside {grid.height} x {grid.width} (rows x columns)"
-            )
-        region = np.empty((height, width, 3), np.uint8)
-        if not region.size:
-            return region
-        tall, wide = grid.tile_height, grid.tile_width
-        for row in range(y // tall, (y + height - 1) // tall + 1):
-            for column in range(x // wide, (x + width - 1) // wide + 1):
-                tile = self._tile(level, row, column)
-                top, left = row * tall, column * wide
-                y0, y1 = max(y, top), min(y + height, top + tile.shape[0])
-                x0, x1 = max(x, left), min(x + width, left + tile.shape[1])
-                region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
-                    y0 - top : y1 - top, x0 - left : x1 - left
-                ]
-        return region
+        self._level(level)
+        return region_of_tiles(
+            self.levels[level],
+            f"{self.path}: level {level}",
+            (y, x, height, width),
+            lambda row, column: self._tile(level, row, column),
+        )
 
     def tile_bytes(self, level: int, row: int, column: int) -> bytes:
         """Coded bytes of one of the file's own tiles, as they were before they were put into the
