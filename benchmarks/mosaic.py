@@ -94,6 +94,7 @@ def build_mosaic(
     quality: int = 70,
     photometric: str = "ycbcr",
     sections: int = 3,
+    label_shape: tuple[int, int] = LABEL_SHAPE,
     seed: int = 0,
 ) -> Path:
     """Write an SVS like Aperio's to ``path``, which is overwritten; returns the path.
@@ -102,7 +103,8 @@ def build_mosaic(
     outside of the sections (lumina within them are not counted). secrets: values for the places of
     SECRETS; places left out stay empty, None plants nothing. tile_size: 240 or 256.
     quality: of the JPEG tiles. photometric: ``ycbcr`` (4:2:2, "JPEG/YCC") or ``rgb`` ("JPEG/RGB",
-    streams of RGB as in CMU-1). sections: pieces of tissue, side by side.
+    streams of RGB as in CMU-1). sections: pieces of tissue, side by side. label_shape: rows and
+    columns of the label.
     """
     target = Path(path)
     planted = dict(secrets or {})
@@ -168,12 +170,12 @@ def build_mosaic(
             **pyramid,
         )
         writer.write(
-            label_image(planted),
+            label_image(planted, label_shape),
             rowsperstrip=7,
             photometric="rgb",
             compression="lzw",
             predictor=True,
-            description=_latin(f"{head}\r\nlabel {LABEL_SHAPE[1]}x{LABEL_SHAPE[0]}"),
+            description=_latin(f"{head}\r\nlabel {label_shape[1]}x{label_shape[0]}"),
             subfiletype=1,
             metadata=None,
             software=False,
@@ -571,10 +573,10 @@ def _strip_segments(planted: Mapping[str, str]) -> bytes:
     return segments + _comment(planted)
 
 
-def label_image(planted: Mapping[str, str]) -> Image:
+def label_image(planted: Mapping[str, str], shape: tuple[int, int] = LABEL_SHAPE) -> Image:
     """The paper label: what is planted, printed."""
     lines = [planted.get(key, "") for key in ("Barcode", "Patient Name", "Filename", "Date")]
-    return _paper(LABEL_SHAPE, lines)
+    return _paper(shape, lines)
 
 
 def macro_image(planted: Mapping[str, str], thumbnail: Image) -> Image:

@@ -3,7 +3,7 @@
 Plain Python and NumPy: symbols by Python integers, networks by int64 arrays, pixels by float64.
 It is slow on purpose and shares no line with the package, so that what both decode alike is what
 the document says. Every function names the heading that it follows. ``onnx`` parses the graphs'
-protobuf; modes 2 to 5 hold somebody else's stream, which ``imagecodecs`` decodes.
+protobuf; modes 2 to 6 hold somebody else's stream, which ``imagecodecs`` decodes.
 
 Models are given by a caller who vouches for them: the proof that section "Integer networks" asks
 of a reader is not here, but the interpreter refuses operators that no graph may hold and checks
@@ -36,7 +36,10 @@ def require(condition: bool, reason: str) -> None:
 
 # --------------------------------------------------------------------------------------------- Tile
 
-MODES = {0: "constant", 1: "learned", 2: "jpegxl", 3: "jpeg", 4: "jpeg2000", 5: "lossless"}
+MODES = {
+    0: "constant", 1: "learned", 2: "jpegxl", 3: "jpeg", 4: "jpeg2000", 5: "lossless",
+    6: "transcoded",
+}  # fmt: skip
 
 
 @dataclass
@@ -98,6 +101,9 @@ def decode(data: bytes, models: list[bytes]) -> Decoded:
 
 def decode_foreign(stream: bytes, mode: str, height: int, width: int) -> np.ndarray:
     """Section "Modes": the size is compared before a pixel is decoded."""
+    if mode == "transcoded":
+        require(jpegxl_size(stream) == (height, width), "transcoded JPEG of another size")
+        stream, mode = jpeg_of_jpegxl(stream, 6 * height * width + 65536), "jpeg"
     size = {
         "jpegxl": jpegxl_size,
         "lossless": jpegxl_size,
@@ -118,6 +124,39 @@ def decode_foreign(stream: bytes, mode: str, height: int, width: int) -> np.ndar
     fits = pixels.dtype == np.uint8 and pixels.shape == (height, width, 3)
     require(fits, f"{mode} stream is not 8-bit RGB")
     return pixels
+
+
+def jpeg_of_jpegxl(stream: bytes, most: int) -> bytes:
+    """Section "Transcoded JPEG"."""
+    require(stream[4:8] == b"JXL ", "transcoded JPEG is no JPEG XL container")
+    at, boxes = 0, []
+    while at < len(stream):
+        require(at + 8 <= len(stream), "JPEG XL box")
+        size, kind = struct.unpack(">I4s", stream[at : at + 8])
+        start = at + 8
+        if size == 1:
+            require(at + 16 <= len(stream), "JPEG XL box")
+            (size,) = struct.unpack(">Q", stream[start : start + 8])
+            start += 8
+        end = at + size if size else len(stream)
+        require(start <= end <= len(stream), "JPEG XL box")
+        require(kind in (b"JXL ", b"ftyp", b"jxll", b"jxlc", b"jxlp", b"jbrd"), f"box {kind!r}")
+        boxes += [stream[start:end]] if kind == b"jbrd" else []
+        at = end
+    require(len(boxes) == 1, "boxes jbrd")
+    markers, bits = [], "".join(f"{byte:08b}"[::-1] for byte in boxes[0][:1024])[1:]
+    while 0x19 not in markers:  # EOI - 0xC0
+        require(len(bits) >= 6, "list of markers")
+        markers.append(int(bits[:6][::-1], 2))
+        bits = bits[6:]
+    require(sum(0x20 <= m <= 0x2F or m >= 0x3E for m in markers) <= 64, "segments of other data")
+    require(markers.count(0x1A) <= 100, "scans")
+    try:
+        jpeg = bytes(imagecodecs.jpegxl_decode_jpeg(stream))
+    except Exception as error:
+        raise RefusedError(f"transcoded JPEG: {error}") from error
+    require(len(jpeg) <= most, "transcoded JPEG is too long")
+    return jpeg
 
 
 def jpegxl_size(stream: bytes) -> tuple[int, int]:

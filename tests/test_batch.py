@@ -26,8 +26,6 @@ from slides import ROOT, data_slide, tissue, write_svs
 
 from wsicodec.cli import main
 from wsicodec.convert import ConvertSettings
-from wsicodec.convert import batch as batches
-from wsicodec.convert import journal as journals
 from wsicodec.convert.batch import (
     JOURNAL_NAME,
     BatchProgress,
@@ -37,18 +35,25 @@ from wsicodec.convert.batch import (
     preview,
     summary,
 )
-from wsicodec.convert.batch_workers import Failed, Job, Started, packed, remove_partial, run_job
-from wsicodec.convert.find import MAX_NAME_BYTES, find_slides, name_targets
-from wsicodec.convert.journal import (
-    DONE,
-    FAILED,
-    RUNNING,
-    WAITING,
-    Journal,
-    Listed,
-    Process,
-    Result,
+from wsicodec.convert.batch import database as databases
+from wsicodec.convert.batch import journal as journals
+from wsicodec.convert.batch import process as processes
+from wsicodec.convert.batch import run as runs
+from wsicodec.convert.batch.finding import find_slides
+from wsicodec.convert.batch.jobs import (
+    Failed,
+    Job,
+    Started,
+    Succeeded,
+    remove_partial,
+    remove_traces,
+    run_job,
 )
+from wsicodec.convert.batch.journal import Journal
+from wsicodec.convert.batch.naming import MAX_NAME_BYTES, name_targets
+from wsicodec.convert.batch.process import Process
+from wsicodec.convert.batch.rows import DONE, FAILED, LOST, RUNNING, WAITING, Listed, Result
+from wsicodec.convert.batch.settings import packed
 from wsicodec.errors import (
     FormatError,
     RuntimeMissingError,
@@ -113,6 +118,7 @@ class TestFind:
         (folder / "loop").symlink_to(folder)
         (folder / "link.svs").symlink_to(folder / "b.svs")
         (folder / "dangling.svs").symlink_to(folder / "nowhere")
+        (folder / "nowhere at all.svs").symlink_to("x" * 300)  # no system takes such a name
         found = find_slides(folder)
         assert [slide.source for slide in found.slides] == [
             "b.svs",
@@ -186,6 +192,16 @@ class TestNames:
         targets = name_targets(sources, {}, ".ome.tiff")
         assert len(set(targets.values())) == 2
         assert all(len(os.fsencode(name)) <= MAX_NAME_BYTES for name in targets.values())
+
+    def test_no_output_is_called_as_a_folder_of_others(self) -> None:
+        """An OME-Zarr that is replaced would take what lies in the folder of its name along."""
+        sources = ["a.svs", "A.ome.zarr/b.svs", "c.svs", "c.ome.zarr/d/e.svs"]
+        assert name_targets(sources, {}, ".ome.zarr") == {
+            "a.svs": "a.svs.ome.zarr",
+            "A.ome.zarr/b.svs": "A.ome.zarr/b.ome.zarr",
+            "c.svs": "c.svs.ome.zarr",
+            "c.ome.zarr/d/e.svs": "c.ome.zarr/d/e.ome.zarr",
+        }
 
     @given(
         st.lists(
@@ -309,6 +325,47 @@ def test_what_a_second_run_does_again(tmp_path: Path) -> None:
         assert replace == {"changed": True, "touched": True, "gone": False, "grown": False}
 
 
+def test_cut_off_while_an_output_was_replaced(tmp_path: Path) -> None:
+    """Killed after the new output had its name, before the journal heard of it."""
+    with Journal.open(tmp_path / "j") as journal:
+        begin(journal, tmp_path, listed("a"))
+        done(journal, tmp_path)
+    with Journal.open(tmp_path / "j") as journal:
+        begin(journal, tmp_path, [Listed("a", 1000, 6)])
+        row = journal.claim("one", "0.0", tmp_path)
+        assert row is not None
+        assert row.replace_ours
+        (tmp_path / "a.tiff").write_bytes(bytes(12))
+    with Journal.open(tmp_path / "j") as journal:
+        begin(journal, tmp_path, [Listed("a", 1000, 6)])
+        row = journal.claim("one", "0.0", tmp_path)
+        assert row is not None
+        assert row.replace_ours
+
+
+def test_looking_at_outputs_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand of them on a slow server take longer than others wait for the lock."""
+    looked: list[Path] = []
+
+    def slow(path: Path) -> int:
+        with contextlib.closing(sqlite3.connect(tmp_path / "j", timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")
+        looked.append(path)
+        return path.stat().st_size
+
+    with Journal.open(tmp_path / "j") as journal:
+        begin(journal, tmp_path, listed("a", "b"))
+        done(journal, tmp_path)
+        done(journal, tmp_path)
+    monkeypatch.setattr(journals, "tree_bytes", slow)
+    with Journal.open(tmp_path / "j") as journal:
+        begin(journal, tmp_path, listed("a", "b"))
+        assert [row.state for row in journal.rows()] == [DONE, DONE]
+    assert len(looked) == 2
+
+
 def test_digest_decides_where_it_is_known(tmp_path: Path) -> None:
     def slide(modified: int, digest: str) -> list[Listed]:
         return [Listed("a", 1000, modified, digest)]
@@ -374,10 +431,10 @@ class TestDeadProcesses:
             begin(journal, tmp_path, listed("a"))
             row = journal.claim("one", "0.0", tmp_path)
             assert row is not None
-            assert (row.attempts, row.error) == (2, journals.LOST)
+            assert (row.attempts, row.error) == (2, LOST)
 
     def test_a_pid_used_again(self, tmp_path: Path) -> None:
-        if not journals.process().born:
+        if not processes.process().born:
             pytest.skip("this system does not tell when a process started")
         self._leave_running(tmp_path / "j", born="1")
         with Journal.open(tmp_path / "j") as journal:
@@ -396,8 +453,8 @@ class TestDeadProcesses:
             row = journal.claim("one", "0.0", tmp_path)
             assert row is not None
             worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-            journal.assign(row.id, str(journals.process(worker.pid)))
-            journal._database.execute("UPDATE runs SET ended = 1")
+            journal.assign(row.id, str(processes.process(worker.pid)))
+            journal._database.connection.execute("UPDATE runs SET ended = 1")
             with Journal.open(tmp_path / "j") as other:
                 assert other.recover() == 0
                 worker.communicate(b"\n")
@@ -409,7 +466,7 @@ class TestDeadProcesses:
 
     def test_on_another_machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its heartbeat has to stand still for a while; what its clock says does not matter."""
-        monkeypatch.setattr(journals, "LEASE", 0.3)
+        monkeypatch.setattr(processes, "LEASE", 0.3)
         self._leave_running(tmp_path / "j", host="elsewhere", heartbeat=0.0)
         with Journal.open(tmp_path / "j") as journal:
             for beat in range(4):
@@ -425,14 +482,27 @@ class TestDeadProcesses:
         with Journal.open(tmp_path / "j") as journal:
             assert journal.recover(retries=0) == 1
             (row,) = journal.rows()
-            assert (row.state, row.error) == (FAILED, journals.LOST)
+            assert (row.state, row.error) == (FAILED, LOST)
+
+    def test_hostile_numbers(self, tmp_path: Path) -> None:
+        for pid in (2**62, -1, 0):
+            assert not Process(processes.this_host(), pid, "1").gone()
+        assert Process.parse("[" * 100_000) is None
+
+    def test_a_silent_process_of_this_machine_lives(self, tmp_path: Path) -> None:
+        """Stopped with Ctrl-Z, or on a machine that slept: it goes on, with its own settings."""
+        self._leave_running(tmp_path / "j", heartbeat=1.0)
+        with Journal.open(tmp_path / "j") as journal:
+            with pytest.raises(SettingsError, match="other settings; wait"):
+                begin(journal, tmp_path, listed("a"), settings="two")
+            begin(journal, tmp_path, listed("a"))
 
     @given(st.text())
     def test_hostile_worker_names(self, text: str) -> None:
         assert Process.parse(text) is None or isinstance(Process.parse(text), Process)
 
     def test_processes_are_told_apart(self) -> None:
-        me = journals.process()
+        me = processes.process()
         assert Process.parse(str(me)) == me
         assert not me.gone()
         assert Process(me.host, me.pid, "0").gone() == bool(me.born)
@@ -476,14 +546,14 @@ class TestJournalFile:
         database.close()
         with Journal.open(path) as journal:
             begin(journal, tmp_path, listed("a"))
-            assert journal._database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-            assert journal._database.execute("PRAGMA synchronous").fetchone() == (2,)
+            assert journal._database.query("PRAGMA journal_mode") == [("delete",)]
+            assert journal._database.query("PRAGMA synchronous") == [(2,)]
             assert files(tmp_path) == ["j"]
 
     def test_of_a_later_version(self, tmp_path: Path) -> None:
         Journal.open(tmp_path / "j").close()
         with sqlite3.connect(tmp_path / "j") as database:
-            database.execute(f"PRAGMA user_version = {journals.VERSION + 1}")
+            database.execute(f"PRAGMA user_version = {databases.VERSION + 1}")
         before = (tmp_path / "j").read_bytes()
         for way in (Journal.open, Journal.read):
             with pytest.raises(UnsupportedError, match="journal has version 2"):
@@ -524,7 +594,7 @@ class TestJournalFile:
         assert not files(tmp_path)
 
     def test_locked_for_too_long(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(journals, "LOCK_SECONDS", 0.1)
+        monkeypatch.setattr(databases, "LOCK_SECONDS", 0.1)
         with Journal.open(tmp_path / "j") as journal:
             other = sqlite3.connect(tmp_path / "j", isolation_level=None)
             other.execute("BEGIN IMMEDIATE")
@@ -533,6 +603,43 @@ class TestJournalFile:
             other.execute("ROLLBACK")
             other.close()
             begin(journal, tmp_path, listed("a"))
+
+    def test_commit_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is undone, and closing does not hide why."""
+        monkeypatch.setattr(databases, "LOCK_SECONDS", 0.1)
+        journal = Journal.open(tmp_path / "j")
+        begin(journal, tmp_path, listed("a"))
+        reader = sqlite3.connect(tmp_path / "j", isolation_level=None)
+        reader.execute("BEGIN").execute("SELECT * FROM slides").fetchone()
+        with pytest.raises(SlideError, match=r"locked.*--journal"):
+            journal.claim("one", "0.0", tmp_path)
+        reader.execute("ROLLBACK")
+        assert [row.state for row in journal.rows()] == [WAITING]
+        journal.close()
+        with Journal.read(tmp_path / "j") as found:
+            assert found._database.query("SELECT count(*) FROM runs WHERE ended IS NULL") == [(0,)]
+        reader.close()
+
+    def test_full_disk(self, tmp_path: Path) -> None:
+        """As SQLite meets it: what was written before stays whole."""
+        with Journal.open(tmp_path / "j") as journal:
+            begin(journal, tmp_path, listed("a"))
+            ((pages,),) = journal._database.query("PRAGMA page_count")
+            journal._database.query(f"PRAGMA max_page_count = {pages}")
+            with pytest.raises(SlideError, match="full; make room"):
+                begin(journal, tmp_path, listed(*(f"{n:0100}" for n in range(99))))
+            assert [row.source for row in journal.rows()] == ["a"]
+            assert done(journal, tmp_path) == "a"
+        with Journal.read(tmp_path / "j") as journal:
+            assert [row.state for row in journal.rows()] == [DONE]
+
+    def test_name_that_sqlite_takes_for_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with Journal.open(Path(":memory:")) as journal:
+            begin(journal, tmp_path, listed("a"))
+        assert files(tmp_path) == [":memory:"]
 
 
 # -- one job --
@@ -574,6 +681,19 @@ def test_partial_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> 
     remove_partial(tmp_path / "missing" / "a.tiff")
 
 
+def test_work_of_others_is_left_alone(tmp_path: Path) -> None:
+    """Somebody converts to the same name by hand, without the journal."""
+    for name in ("busy", "left"):
+        (tmp_path / f".{name}.tiff.wsicodec").mkdir()
+        (tmp_path / f".{name}.tiff.wsicodec" / "blocks.bin").write_bytes(b"hours of work")
+        (tmp_path / f".{name}.tiff.wsicodec" / "lock").write_bytes(b"")
+    with (tmp_path / ".busy.tiff.wsicodec" / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in ("busy", "left", "none"):
+            remove_traces(tmp_path / f"{name}.tiff")
+    assert files(tmp_path) == [".busy.tiff.wsicodec/blocks.bin", ".busy.tiff.wsicodec/lock"]
+
+
 # -- batches --
 
 
@@ -592,7 +712,7 @@ class Here:
     def events(self, seconds: float) -> list[Any]:
         if not self._jobs:
             return []
-        found: list[Any] = [Started(self._jobs[0].id, str(journals.process()))]
+        found: list[Any] = [Started(self._jobs[0].id, str(processes.process()))]
         return [*found, run_job(self._jobs.pop(0), found.append)]
 
     def abandon(self, identity: int) -> None:
@@ -602,10 +722,25 @@ class Here:
         self._jobs.clear()
 
 
+class Restarting(Here):
+    """A worker is lost when its output has got its name; another one begins anew, as on Dask."""
+
+    lost = False
+
+    def events(self, seconds: float) -> list[Any]:
+        first = self._jobs[0] if self._jobs else None
+        found = super().events(seconds)
+        if first is None or self.lost:
+            return found
+        self.lost = True
+        assert isinstance(found[-1], Succeeded)
+        return [*found[:-1], Started(first.id, "tcp://another"), run_job(first, found.append)]
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_workers", lambda settings: Here())
-    monkeypatch.setattr(batches, "TICK", 0.05)
+    monkeypatch.setattr(runs, "_workers", lambda settings: Here())
+    monkeypatch.setattr(runs, "TICK", 0.05)
 
 
 def test_batch(folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -658,7 +793,7 @@ def test_batch(folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.Monk
     os.utime(folder / "a.svs", ns=(1, 10**15))
     (folder / "broken.svs").write_bytes(svs.read_bytes())
     (folder / "empty.tif").unlink()
-    monkeypatch.setattr(batches, "_workers", lambda settings: Here())
+    monkeypatch.setattr(runs, "_workers", lambda settings: Here())
     again = convert_batch(folder, output, settings)
     assert again.ok
     assert again.converted == 2
@@ -670,6 +805,25 @@ def test_batch(folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.Monk
     every = summary(output)
     assert every.count(DONE) == len(good) + 1
     assert every.count(FAILED) == 1  # its source is gone, its story is kept
+
+
+def test_worker_lost_behind_its_output(
+    folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in the way of the next attempt is what the lost one made."""
+    fill(folder, svs, "a.svs")
+    workers = Restarting()
+    monkeypatch.setattr(runs, "_workers", lambda settings: workers)
+    settings = dataclasses.replace(QUICK, retries=1)
+    (row,) = convert_batch(folder, tmp_path / "1", settings).rows
+    assert (row.state, row.attempts) == (FAILED, 2)
+    assert "exists" in (row.message or "")
+    (row,) = convert_batch(folder, tmp_path / "1", settings).rows
+    assert (row.state, row.attempts) == (DONE, 3)
+    workers = Restarting()
+    settings = dataclasses.replace(QUICK, retries=2)
+    (row,) = convert_batch(folder, tmp_path / "2", settings).rows
+    assert (row.state, row.attempts) == (DONE, 3)
 
 
 @pytest.mark.usefixtures("here")
@@ -744,8 +898,16 @@ def test_read_only_output(folder: Path, tmp_path: Path, svs: Path, read_only_dis
 
 @pytest.mark.parametrize(
     "changes",
-    [{"jobs": 0}, {"jobs": 10**6}, {"retries": -1}, {"suffix": "tiff"}, {"suffix": "./../x"}],
-    ids=str,
+    [
+        {"jobs": 0},
+        {"jobs": 10**6},
+        {"retries": -1},
+        {"suffix": "tiff"},
+        {"suffix": "./../x"},
+        {"suffix": "." + "x" * 300},
+        {"suffix": ".a\0b"},
+    ],
+    ids=lambda changes: str(changes)[:30],
 )
 def test_settings_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
@@ -755,13 +917,43 @@ def test_settings_are_checked(changes: dict[str, Any]) -> None:
 def test_settings_hash() -> None:
     """It tells what shows in the output, and the model by its content."""
     base = QUICK.digest()
-    same = [{"jobs": 3}, {"overwrite": True}, {"resume": True}, {"cache_bytes": 1}]
-    other = [{"quality": 71}, {"codec": "learned"}, {"tile_size": 512}, {"options": {"x": 1}}]
+    same = [
+        {"jobs": 3},
+        {"overwrite": True},
+        {"resume": True},
+        {"cache_bytes": 1},
+        {"block_size": 512},
+        {"model": "another"},
+        {"tissue": "otsu"},
+        {"macro": "blank"},
+        {"in_process": False},
+    ]
+    other = [
+        {"quality": 71},
+        {"codec": "learned"},
+        {"tile_size": 512},
+        {"options": {"x": 1}},
+        {"glass": "drop"},
+        {"deidentify": True},
+        {"layout": "flat"},
+        {"measure": "sample"},
+    ]
     for change in same:
         assert BatchSettings(convert=dataclasses.replace(JPEG, **change)).digest() == base
     for change in other:
         assert BatchSettings(convert=dataclasses.replace(JPEG, **change)).digest() != base
     assert len(json.loads(BatchSettings().as_json())["model"]) == 64
+    for first, second in (
+        ({"glass": "drop", "tissue": "otsu"}, {"glass": "drop"}),
+        ({"deidentify": True, "macro": "blank"}, {"deidentify": True}),
+    ):
+        digests = [
+            BatchSettings(convert=dataclasses.replace(JPEG, **changes)).digest()
+            for changes in (first, second)
+        ]
+        assert digests[0] != digests[1]
+    copies = [ConvertSettings("copy"), ConvertSettings("copy", measure="none")]
+    assert len({BatchSettings(convert=settings).digest() for settings in copies}) == 1
 
 
 # -- the command --
@@ -810,6 +1002,21 @@ def test_command(
 
 
 @pytest.mark.usefixtures("here")
+def test_block_size_does_not_show(folder: Path, tmp_path: Path) -> None:
+    """Else what is done would have to be made again when it changes."""
+    write_svs(folder / "a.svs", tissue(300, 400), levels=2)
+    convert = dataclasses.replace(JPEG, tile_size=64, levels=3, glass="fill", tissue="otsu")
+    outputs = []
+    for size in (128, 1024):
+        settings = BatchSettings(convert=dataclasses.replace(convert, block_size=size))
+        assert convert_batch(folder, tmp_path / str(size), settings).ok
+        outputs.append((tmp_path / str(size) / "a.ome.tiff").read_bytes())
+    assert outputs[0] == outputs[1]
+    again = BatchSettings(convert=dataclasses.replace(convert, block_size=512))
+    assert convert_batch(folder, tmp_path / "128", again).converted == 0
+
+
+@pytest.mark.usefixtures("here")
 def test_zarr(folder: Path, tmp_path: Path, svs: Path) -> None:
     pytest.importorskip("zarr")
     fill(folder, svs, "a.svs")
@@ -827,7 +1034,8 @@ def test_zarr(folder: Path, tmp_path: Path, svs: Path) -> None:
 # -- batches in processes of their own, and their deaths --
 
 COMMAND = [sys.executable, "-m", "wsicodec.cli", "convert-batch"]
-SLOW = ["--codec", "jpegxl", "--effort", "7", "--measure", "none"]
+# flat: no OME-XML, whose library each process would spend two seconds on
+SLOW = ["--codec", "jpegxl", "--effort", "7", "--measure", "none", "--layout", "flat"]
 
 
 class Batch:
@@ -876,7 +1084,7 @@ class Batch:
 def ended(pid: int, seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if journals.process(pid).gone() or journals._born(pid) is None:
+        if processes.process(pid).gone() or processes._born(pid) is None:
             return True
         time.sleep(0.05)
     return False
@@ -884,8 +1092,8 @@ def ended(pid: int, seconds: float = 30) -> bool:
 
 @pytest.fixture(scope="module")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slide whose conversion with SLOW takes about half a second."""
-    return write_svs(tmp_path_factory.mktemp("svs") / "m.svs", tissue(1000, 1000), levels=1)
+    """A slide whose conversion with SLOW takes some tenths of a second."""
+    return write_svs(tmp_path_factory.mktemp("svs") / "m.svs", tissue(700, 700), levels=1)
 
 
 def test_killed(folder: Path, tmp_path: Path, middling: Path, svs: Path) -> None:
@@ -915,7 +1123,7 @@ def test_killed(folder: Path, tmp_path: Path, middling: Path, svs: Path) -> None
 
 
 def test_two_batches_at_once(folder: Path, tmp_path: Path, middling: Path) -> None:
-    names = [f"{n}.svs" for n in range(4)]
+    names = [f"{n}.svs" for n in range(3)]
     fill(folder, middling, *names)
     both = [Batch(folder, tmp_path / "out", *SLOW) for _ in range(2)]
     reports = [batch.end() for batch in both]
@@ -924,7 +1132,7 @@ def test_two_batches_at_once(folder: Path, tmp_path: Path, middling: Path) -> No
     for report in reports:
         assert report["counts"]["done"] == len(names)
         assert {row["attempts"] for row in report["slides"]} == {1}
-    assert files(tmp_path / "out") == sorted([JOURNAL_NAME, *(f"{n}.ome.tiff" for n in range(4))])
+    assert files(tmp_path / "out") == sorted([JOURNAL_NAME, *(f"{n}.ome.tiff" for n in range(3))])
 
 
 def test_interrupted(folder: Path, tmp_path: Path, middling: Path) -> None:
@@ -1009,7 +1217,10 @@ def test_cluster_with_a_worker_killed(
                 return
 
     settings = BatchSettings(
-        convert=ConvertSettings("jpegxl", options={"effort": 7}, measure="none"),
+        # one tile a block: the first tells that it began
+        convert=ConvertSettings(
+            "jpegxl", options={"effort": 7}, measure="none", layout="flat", block_size=256
+        ),
         scheduler=cluster.scheduler_address,
         retries=1,
     )
@@ -1034,7 +1245,12 @@ def test_interrupted_on_a_cluster(folder: Path, tmp_path: Path, cluster: Any) ->
     settings = BatchSettings(
         # many small blocks: the task looks around after each
         convert=ConvertSettings(
-            "jpegxl", options={"effort": 7}, measure="none", tile_size=64, block_size=128
+            "jpegxl",
+            options={"effort": 7},
+            measure="none",
+            layout="flat",
+            tile_size=64,
+            block_size=128,
         ),
         scheduler=cluster.scheduler_address,
     )
@@ -1063,7 +1279,7 @@ def test_scheduler_that_does_not_answer(
     folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("distributed")
-    from wsicodec.convert import cluster as clusters
+    from wsicodec.convert.batch import cluster as clusters
 
     monkeypatch.setattr(clusters, "CONNECT_SECONDS", 1)
     fill(folder, svs, "a.svs")

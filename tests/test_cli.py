@@ -354,3 +354,28 @@ def test_tool_is_the_same_command(svs: Path, tmp_path: Path) -> None:
     )
     assert "a.tiff" in done.stdout
     assert tifffile.imread(tmp_path / "a.tiff").shape == (300, 420, 3)
+
+
+@pytest.mark.parametrize("library", ["numba", "onnx", "imagecodecs"])
+def test_a_library_that_does_not_load_is_a_finding(library: str) -> None:
+    """Whichever check meets it first: no traceback, and the other checks are made all the same."""
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "from wsicodec.cli import main; raise SystemExit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "threads" in done.stdout
+
+
+def test_compiler_turned_off() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wsicodec.cli", "doctor"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+    )
+    assert done.returncode == 1
+    assert "unset NUMBA_DISABLE_JIT" in done.stdout

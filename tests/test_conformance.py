@@ -106,6 +106,8 @@ DECODE_OTHERS = (
     "jpegxl-container-17x31",
     "lossless-17x31",
     "lossless-1x1",
+    "transcoded-17x31",
+    "transcoded-420-17x31",
 )
 CODER = (
     "coder-all-classes-lanes1",
@@ -130,7 +132,7 @@ WHOLE = {  # encoded from all symbols: folder to the tile
 }
 CODER_WHOLE = tuple(f"{folder}/coder" for folder in WHOLE)
 PACK = ("tile-constant", "tile-jpeg", "tile-learned", *(f"{folder}/tile" for folder in WHOLE))
-REFUSE_COUNT = 69
+REFUSE_COUNT = 77
 REFUSE = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.tile")))
 REFUSE_MODEL_COUNT = 56
 REFUSE_MODEL = tuple(sorted(path.stem for path in (FOLDER / "refuse").glob("*.wscm")))

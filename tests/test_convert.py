@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,19 +34,20 @@ from slides import (
 
 import wsicodec
 from wsicodec import metrics
+from wsicodec.cli import main
 from wsicodec.convert import (
     ConvertProgress,
     ConvertSettings,
     convert,
     export,
     make_plan,
-    output,
     verify,
 )
 from wsicodec.convert.blocks import area_average
 from wsicodec.convert.ordered import in_order
 from wsicodec.convert.work import work_folder
 from wsicodec.errors import (
+    RuntimeMissingError,
     SettingsError,
     SlideError,
     UnknownModelError,
@@ -54,7 +57,9 @@ from wsicodec.errors import (
 )
 from wsicodec.models import find_model
 from wsicodec.plugins.tifffile import TIFF_COMPRESSION_TAG
+from wsicodec.slide import placing
 from wsicodec.slide.opening import open_slide
+from wsicodec.slide.passport import LevelMap
 
 LOSSLESS = {"codec": "learned", "options": {"lossless": True}}  # our tiles, needs no model
 
@@ -320,6 +325,7 @@ class TestSettings:
             ({"floor_psnr": "40"}, SettingsError),
             ({"codec": "copy", "quality": 50}, SettingsError),
             ({"codec": "copy", "glass": "drop"}, SettingsError),
+            ({"codec": "copy", "tile_size": 512}, SettingsError),
             ({"codec": "jpeg", "lossless_transcode": True}, SettingsError),
             ({"cache_bytes": -1}, SettingsError),
         ],
@@ -348,6 +354,34 @@ class TestSettings:
             with pytest.raises(error):
                 convert(svs, tmp_path / "a.ome.tiff", settings, calls.append)
         assert not calls
+        nothing_left(tmp_path)
+
+    @pytest.mark.parametrize("codec", ["jpeg", "copy"])
+    def test_what_is_missing_to_describe_the_slide_shows_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "ome_types", None)
+        calls: list[ConvertProgress] = []
+        with pytest.raises(RuntimeMissingError, match="pip install ome-types"):
+            convert(CMU, tmp_path / "a.ome.tiff", ConvertSettings(codec), calls.append)
+        assert not calls
+        nothing_left(tmp_path)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--codec", "jpeg", "--model", "he-fast"],
+            ["--codec", "jpeg", "--macro", "blank"],
+            ["--codec", "lossless", "--quality", "30"],
+            ["--codec", "lossless", "--preset", "archive"],
+        ],
+        ids=" ".join,
+    )
+    def test_options_that_would_be_ignored_are_refused(
+        self, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["convert", str(CMU), str(tmp_path / "a.tiff"), *options]) == 2
+        assert "SettingsError: --" in capsys.readouterr().err
         nothing_left(tmp_path)
 
     def test_plan(self, svs: Path, tmp_path: Path) -> None:
@@ -389,6 +423,43 @@ class TestTarget:
             convert(svs, tmp_path / "no" / "a.tiff", ConvertSettings(codec="jpeg"))
         with pytest.raises(SlideError, match="is a folder"):
             convert(svs, tmp_path, ConvertSettings(codec="jpeg", overwrite=True))
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "error", "words"),
+        [
+            ("a.jpg", {}, SlideError, "name of another format"),
+            ("a.zarr", {"layout": "flat"}, SettingsError, "one of TIFF"),
+            ("a.zarr", {"codec": "webp"}, UnsupportedError, "webp"),
+            ("a.zarr", {"codec": "copy"}, UnsupportedError, "kept in a TIFF"),
+            ("precious.zarr", {"overwrite": True}, SlideError, "no Zarr hierarchy"),
+        ],
+    )
+    def test_is_refused_before_the_work(
+        self,
+        svs: Path,
+        tmp_path: Path,
+        name: str,
+        settings: dict[str, Any],
+        error: type[WsicodecError],
+        words: str,
+    ) -> None:
+        (tmp_path / "precious.zarr").write_text("years of work")
+        calls: list[ConvertProgress] = []
+        with pytest.raises(error, match=words):
+            convert(
+                svs, tmp_path / name, ConvertSettings(**{"codec": "jpeg", **settings}), calls.append
+            )
+        assert not calls
+        assert (tmp_path / "precious.zarr").read_text() == "years of work"
+        nothing_left(tmp_path, "precious.zarr")
+
+    def test_does_not_lie_in_the_source(self, svs: Path, tmp_path: Path) -> None:
+        source = tmp_path / "a.zarr"
+        convert(svs, source, ConvertSettings("jpeg"))
+        before = sorted(source.rglob("*"))
+        with pytest.raises(SlideError, match="lies in the source"):
+            convert(source, source / "0" / "b.tiff", ConvertSettings("jpeg"))
+        assert sorted(source.rglob("*")) == before
 
     def test_being_written_already(self, svs: Path, tmp_path: Path) -> None:
         target = tmp_path / "a.ome.tiff"
@@ -435,6 +506,59 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     yield from _mount(tmp_path / "fixed", "size=64k", "ro")
 
 
+class TestSpace:
+    """Asked for before the work starts."""
+
+    @staticmethod
+    def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        usage = shutil._ntuple_diskusage(10**12, 10**12 - count, count)  # type: ignore[attr-defined]
+        monkeypatch.setattr("wsicodec.convert.space.shutil.disk_usage", lambda _: usage)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"codec": "lossless"},
+            {"codec": "copy"},
+            {"codec": "jpegxl", "lossless_transcode": True},
+        ],
+        ids=str,
+    )
+    def test_too_little(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    ) -> None:
+        self.free(monkeypatch, 50_000)
+        with pytest.raises(SlideError, match=r"a\.tiff: the disk is full.*50,000 bytes"):
+            convert(CMU, tmp_path / "a.tiff", ConvertSettings(**settings))
+        nothing_left(tmp_path)
+
+    def test_maybe_too_little(
+        self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.free(monkeypatch, svs.stat().st_size)
+        with pytest.warns(UserWarning, match=r"a\.tiff: the disk has .* may be needed"):
+            convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg"))
+
+    @pytest.mark.filterwarnings("error")
+    def test_finished_blocks_have_their_place(
+        self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "a.tiff"
+        self.free(monkeypatch, 0)
+        settings = ConvertSettings("jpeg", resume=True)
+        with pytest.raises(SlideError, match="disk is full"):
+            convert(svs, target, settings)
+        work_folder(target).mkdir()
+        with (work_folder(target) / "blocks.bin").open("wb") as file:
+            file.truncate(10**7)
+        convert(svs, target, settings)
+
+    def test_is_there(self, svs: Path, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg"))
+
+
 class TestFailuresLeaveNothing:
     def test_full_disk(self, svs: Path, small_disk: Path) -> None:
         with pytest.raises(SlideError, match=r"a\.ome\.tiff.*disk is full"):
@@ -479,7 +603,7 @@ class TestFailuresLeaveNothing:
 
         folder = tmp_path / "out"
         folder.mkdir()
-        original = output.atomic_file
+        original = placing.atomic_file
         monkeypatch.setattr(
             "wsicodec.convert.pipeline.atomic_file",
             lambda target, overwrite, part: original(
@@ -691,6 +815,78 @@ class TestVerify:
         monkeypatch.setattr("wsicodec.codec.learned.decoder_of_prefix", missing)
         with pytest.raises(UnknownModelError, match="level 0: tile at row 0"):
             verify(tmp_path / "a.ome.tiff")
+
+    def test_without_what_decodes(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That is no fault of the tiles."""
+        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+        with pytest.raises(RuntimeMissingError, match="pip install imagecodecs"):
+            verify(converted)
+
+    def test_no_jobs(self, converted: Path) -> None:
+        with pytest.raises(SettingsError, match="jobs 0"):
+            verify(converted, jobs=0)
+
+    @pytest.mark.parametrize("name", ["a.ome.tiff", "a.ome.zarr"])
+    def test_length_that_the_passport_does_not_tell(
+        self, svs: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A tile of another file, whole and of the right size."""
+        real = LevelMap.__post_init__
+
+        def lie(found: LevelMap) -> None:
+            told = found.bytes.copy()
+            told[0, 0] += 1
+            object.__setattr__(found, "bytes", told)
+            real(found)
+
+        monkeypatch.setattr(LevelMap, "__post_init__", lie)
+        convert(svs, tmp_path / name, ConvertSettings("jpeg"))
+        monkeypatch.undo()
+        report = verify(tmp_path / name)
+        assert report.failed == len(report.failures) == 2  # of either level
+        assert (report.failures[0].row, report.failures[0].column) == (0, 0)
+        assert "the passport says" in report.failures[0].reason
+
+    def test_damaged_passport(self, svs: Path, tmp_path: Path) -> None:
+        target = tmp_path / "a.ome.tiff"
+        convert(svs, target, ConvertSettings("jpeg", glass="fill", tissue="otsu"))
+        content = bytearray(target.read_bytes())
+        content[content.index(b"WSCP") + 60] ^= 1
+        target.write_bytes(content)
+        for against in (None, svs):
+            report = verify(target, against)
+            assert (report.failed, report.ok) == (0, False)
+            (fault,) = report.faults
+            assert "a.ome.tiff" in fault
+            assert "checksum" in fault
+            with pytest.raises(VerifyError, match="checksum"):
+                report.raise_if_failed()
+            assert report.as_dict()["faults"] == [fault]
+
+    def test_damaged_model(self, svs: Path, tmp_path: Path) -> None:
+        target = tmp_path / "a.ome.tiff"
+        convert(svs, target, ConvertSettings(embed_model=True))
+        assert verify(target).ok
+        model = find_model("he-fast").path.read_bytes()
+        content = bytearray(target.read_bytes())
+        content[content.index(model) + len(model) // 2] ^= 1
+        target.write_bytes(content)
+        report = verify(target)
+        assert not report.failed
+        assert "does not name" in report.faults[0]
+
+    def test_damaged_label(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.ome.tiff"
+        convert(CMU, target, ConvertSettings("jpeg", levels=1, measure="none"))
+        with tifffile.TiffFile(target) as file:
+            page = file.series[2].keyframe
+            start, count = page.dataoffsets[0], page.databytecounts[0]
+        content = bytearray(target.read_bytes())
+        content[start : start + count] = bytes(count)
+        target.write_bytes(content)
+        report = verify(target)
+        assert not report.failed
+        assert "image 'label'" in report.faults[0]
 
     def test_a_scanners_own_file(self) -> None:
         report = verify(CMU)

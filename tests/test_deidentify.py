@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import imagecodecs
 import numpy as np
@@ -16,8 +19,9 @@ import pytest
 import tifffile
 from hypothesis import example, given
 from hypothesis import strategies as st
-from slides import DESCRIPTION, data_slide, tissue
+from slides import DESCRIPTION, data_slide, tissue, write_svs
 
+import wsicodec
 from benchmarks.mosaic import (
     CMU,
     IN_DESCRIPTION,
@@ -30,20 +34,23 @@ from benchmarks.mosaic import (
     srgb_profile,
     with_profile_tag,
 )
+from wsicodec.bitstream import Mode, Tile, parse
+from wsicodec.codec.transcoded import jpeg_of
 from wsicodec.convert import ConvertSettings, convert
-from wsicodec.convert import leaks as leak_module
-from wsicodec.convert.colourprofile import neutral_profile
 from wsicodec.convert.deidentify import (
     NEUTRAL_NAME,
     blanked_macro,
+    cleaned,
     deidentified,
     leaks,
     neutral_history,
+    neutral_profile,
+    search,
     secrets_of,
     stripped,
     technical_description,
 )
-from wsicodec.errors import SettingsError, SlideError
+from wsicodec.errors import FormatError, SettingsError, SlideError, UnsupportedError
 from wsicodec.slide.ometiff import CodedLevel, SlideMetadata, write_slide
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.protocol import AssociatedImage, SlideInfo, StoredImage
@@ -418,6 +425,62 @@ class TestSecrets:
     def test_of_other_descriptions(self, description: str, secret: str) -> None:
         assert secret in secrets_of(_info(description=description))
 
+    @pytest.mark.parametrize(
+        ("value", "dates"),
+        [
+            ("17 March 2021", {"2021-03-17", "20210317", "17.03.2021", "17 Mar 2021"}),
+            ("Mar. 17, 2021", {"2021-03-17", "2021:03:17", "03/17/2021"}),
+            ("17-MAR-21", {"2021-03-17", "17-MAR-21"}),
+            ("scan_20210317_1435", {"2021-03-17", "20210317", "17.03.2021"}),
+            ("12/29/09", {"2009-12-29", "12/29/09", "29.12.2009"}),
+            ("03/17/85", {"1985-03-17"}),
+            ("2021_03_17", {"2021-03-17", "17/03/2021"}),
+        ],
+    )
+    def test_dates_in_other_forms(self, value: str, dates: set[str]) -> None:
+        for description in (f"Aperio Image Library v1|When = {value}", f"<A when='{value}'/>"):
+            assert dates <= secrets_of(_info(description=description))
+
+    def test_lines_of_a_value(self) -> None:
+        found = secrets_of(_info(description="Aperio|Note = for Erika\r\nMustermann, ward 7"))
+        assert {"for Erika", "Mustermann, ward 7"} <= found
+
+    @pytest.mark.parametrize("unit", ["a", "a=", "a ", "<a", ">", "a='", '="', "12/", "jan", "{"])
+    def test_time_follows_the_length(self, unit: str) -> None:
+        """A description is a stranger's, and may be as long as its tag."""
+        description = "<A " + unit * (300_000 // len(unit))
+        started = time.process_time()
+        secrets_of(_info(description=description))
+        assert time.process_time() - started < 5
+
+    def test_what_every_file_of_ours_holds_is_no_secret(self, tmp_path: Path) -> None:
+        """A slide called "version.svs" can be converted too."""
+        small = write_svs(tmp_path / "small.svs", tissue(300, 400), levels=1)
+        words: set[str] = set()
+        for name, settings in (
+            ("a.ome.tiff", {"codec": "jpeg"}),
+            ("b.ome.tiff", {"codec": "jpeg", "layout": "flat", "macro": "blank"}),
+            ("c.ome.tiff", {"codec": "copy"}),
+            ("d.ome.tiff", {"codec": "learned", "glass": "drop", "floor_ssim": 0.9}),
+            ("e.ome.tiff", {"codec": "jpegxl", "lossless_transcode": True}),
+            ("f.ome.zarr", {"codec": "learned", "glass": "fill"}),
+        ):
+            target = tmp_path / name
+            source = small if settings["codec"] == "learned" else CMU
+            convert(source, target, ConvertSettings(deidentify=True, tissue="otsu", **settings))
+            for file in target.rglob("zarr.json") if target.is_dir() else [target]:
+                content = bytearray(file.read_bytes())
+                for start, end in search.tile_ranges(file):
+                    content[start:end] = b"\0" * (end - start)
+                # in XML and JSON; in binary parts there is anything
+                found = re.findall(rb"""[ "</:]([A-Za-z][A-Za-z_-]{3,})(?=[ "=>/:,])""", content)
+                words.update(word.decode() for word in found)
+        assert {"version", "format", "SizeX", "multiscales"} <= words
+        items = "|".join(f"{n} = {word}" for n, word in enumerate(sorted(words)))
+        description = f"Aperio|{items}"
+        secret = secrets_of(_info("x.svs", description=description, acquisition_date=None)) & words
+        assert not secret
+
     def test_what_is_no_secret(self) -> None:
         """It would stop every conversion: words and numbers that files of ours hold anyway."""
         description = (
@@ -473,12 +536,38 @@ class TestLeaks:
         path.write_bytes(b"\1".join(bytes([byte]) for byte in text.encode(code)))
         assert leaks(path, [secret]) == []
 
+    @pytest.mark.parametrize(
+        "written",
+        [
+            "ERIKA MUSTERMANN",
+            "erika mustermann",
+            "Erika\nMustermann",
+            "Erika\r\nMustermann",
+            "Erika_Mustermann",
+            "ERIKA^MUSTERMANN",
+            "Erika%20Mustermann",
+            "erika+mustermann",
+            r"Erika\nMustermann",
+        ],
+    )
+    @pytest.mark.parametrize("code", ["utf-8", "utf-16-le", "utf-16-be"])
+    def test_other_case_and_other_spaces(self, tmp_path: Path, written: str, code: str) -> None:
+        path = tmp_path / "a.bin"
+        path.write_bytes(b"\x01:" + written.encode(code) + b"\0\0")
+        secrets = ["Erika  Mustermann", "Max Mustermann"]
+        assert leaks(path, secrets) == secrets[:1]
+
+    def test_in_an_address(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.bin"
+        path.write_bytes(quote("Müller & Söhne".upper(), "").encode())
+        assert leaks(path, ["Müller & Söhne"]) == ["Müller & Söhne"]
+
     def test_across_the_borders_of_pieces(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "a.bin"
         secrets = ["Mustermann^Erika", "4711"]
-        monkeypatch.setattr(leak_module, "_CHUNK", 64)
+        monkeypatch.setattr(search, "_CHUNK", 64)
         for start in range(40, 140):
             for secret in secrets:
                 content = bytearray(b"." * 300)
@@ -650,6 +739,78 @@ class TestProfile:
         assert clean is None or clean == bytes(profile) or profile_tags(clean)
 
 
+class TestTiles:
+    """Compressed tiles that are copied: what is more than picture is taken out, or refused."""
+
+    def test_jpeg_segments_of_unknown_purpose(self) -> None:
+        stream = bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(tissue(64, 64)), level=80))
+        assert imagecodecs.jpeg8_decode(cleaned(7, stream)).shape == (64, 64, 3)
+        planted = stream[:2] + b"\xff\xf3\x00\x0cMustermann" + stream[2:]
+        with pytest.raises(UnsupportedError, match="ff f3"):
+            cleaned(7, planted)
+
+    @pytest.mark.parametrize("known_length", [True, False])
+    def test_comment_in_a_tile_part(self, known_length: bool) -> None:
+        image = np.ascontiguousarray(tissue(64, 64))
+        stream = bytes(imagecodecs.jpeg2k_encode(image, level=0, codecformat="j2k"))
+        start = stream.index(b"\xff\x90")
+        comment = b"\xff\x64\x00\x0e\0\1Mustermann"
+        length = int.from_bytes(stream[start + 6 : start + 10]) + len(comment)
+        planted = (
+            stream[: start + 6]
+            + (length if known_length else 0).to_bytes(4)
+            + stream[start + 10 : start + 12]
+            + comment
+            + stream[start + 12 :]
+            + b"Mustermann"
+        )
+        np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(planted), image)
+        clean = cleaned(33005, planted)
+        assert b"Mustermann" not in clean
+        assert clean[-2:] == b"\xff\xd9"
+        np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(clean), image)
+        assert cleaned(33005, clean) == clean
+
+    def test_broken_tile_parts(self) -> None:
+        image = np.ascontiguousarray(tissue(64, 64))
+        stream = bytes(imagecodecs.jpeg2k_encode(image, level=0, codecformat="j2k"))
+        start = stream.index(b"\xff\x90")
+        for length in (1, 13, 2**32 - 1):
+            broken = stream[: start + 6] + length.to_bytes(4) + stream[start + 10 :]
+            with pytest.raises(FormatError, match="JPEG-2000"):
+                cleaned(33005, broken)
+
+    def test_chunks_that_no_flag_announces(self) -> None:
+        """WebP says in VP8X what follows; nobody has to."""
+        stream = bytes(imagecodecs.webp_encode(np.ascontiguousarray(tissue(64, 64))))
+        body = stream[8:] + b"EXIF\x0a\0\0\0Mustermann"
+        planted = b"RIFF" + len(body).to_bytes(4, "little") + body
+        with pytest.raises(UnsupportedError, match="metadata cannot be removed"):
+            cleaned(50001, planted)
+        assert cleaned(50001, stream + b"Mustermann") == stream
+
+    def test_streams_inside_our_own_tiles(self) -> None:
+        """A tile may hold a stranger's JPEG, as it is or transcoded; what unfolds counts, too."""
+        image = np.ascontiguousarray(tissue(64, 64))
+        stream = bytes(imagecodecs.jpeg8_encode(image, level=80))
+        planted = stream[:2] + b"\xff\xfe\x00\x0cMustermann" + stream[2:]
+        packed = bytes(imagecodecs.jpegxl_encode_jpeg(planted))
+        boxed = bytes(imagecodecs.jpegxl_encode(image, usecontainer=True))
+        boxed += b"\0\0\0\x12xml Mustermann"
+        for mode, payload in ((Mode.JPEG, planted), (Mode.TRANSCODED, packed)):
+            tile = Tile(mode, 64, 64, payload)
+            clean = cleaned(60642, tile.pack())
+            np.testing.assert_array_equal(wsicodec.decode(clean), wsicodec.decode(tile.pack()))
+            found = parse(clean)
+            jpeg = jpeg_of(found) if mode is Mode.TRANSCODED else found.payload
+            assert jpeg == stream
+            assert cleaned(60642, clean) == clean
+        with pytest.raises(UnsupportedError, match="metadata cannot be removed"):
+            cleaned(60642, Tile(Mode.JPEGXL, 64, 64, boxed).pack())
+        constant = Tile(Mode.CONSTANT, 64, 64, b"abc").pack()
+        assert cleaned(60642, constant) == constant
+
+
 class TestImages:
     def test_stored_thumbnail_decodes_alike(self, images: tuple[AssociatedImage, ...]) -> None:
         """Exif, XMP and comments are gone, every pixel is there."""
@@ -800,6 +961,15 @@ class TestMacro:
         assert clean is not None
         assert (clean[:, :MACRO_LABEL] == 255).all()
         assert (clean[:, 760:] == 255).all()
+
+    def test_faint_label_and_a_section_at_the_other_end(self) -> None:
+        """Pencil on a frosted end is fainter than a stain: the end that looks clean may be it."""
+        pixels = np.full((100, 300, 3), 230, np.uint8)
+        pixels[40:45, 20:60] = 215
+        pixels[30:60, 260:290] = (160, 60, 120)
+        clean = blanked_macro(pixels)
+        assert clean is not None
+        assert (clean[:, :126] == 255).all()
 
     def test_no_marks_at_all(self) -> None:
         clean = blanked_macro(np.full((100, 300, 3), 230, np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import wsicodec
 from wsicodec.bitstream import Mode, parse
 from wsicodec.codec import fallback
-from wsicodec.codec.fallback import Candidate, better_mode, bisect, measured, suspicions
+from wsicodec.codec.fallback import Candidate, better_mode, coarsest, measured, suspicions
 from wsicodec.codec.reference import REFERENCE_CODECS
 from wsicodec.errors import RuntimeMissingError
 from wsicodec.metrics import psnr, ssim
@@ -151,7 +152,7 @@ def test_ordinary_tiles_try_nothing(pixels: np.ndarray, monkeypatch: pytest.Monk
     wsicodec.encode(np.ascontiguousarray(pixels[300:428, 500:628]))
 
 
-def test_bisection_finds_the_lowest_quality() -> None:
+def test_the_search_finds_the_lowest_quality() -> None:
     tile = parse(wsicodec.encode(np.zeros((4, 4, 3), np.uint8)))
 
     def at(quality: int) -> Candidate:
@@ -167,12 +168,24 @@ def test_bisection_finds_the_lowest_quality() -> None:
         def size(self) -> int:
             return self.bytes  # type: ignore[attr-defined, no-any-return]
 
-    for wanted in (1, 37, 99, 100):
+    for wanted in range(1, 101):
         asked: list[int] = []
-        found = bisect(at, lambda c, wanted=wanted: c.psnr >= wanted, 10_000)  # type: ignore[misc]
-        assert found is not None and found.psnr == wanted and len(asked) <= 7
-    assert bisect(at, lambda c: c.psnr >= 60, 500) is None
-    assert bisect(at, lambda c: False, 10_000) is None
+        found = coarsest(at, lambda c, wanted=wanted: wanted - c.psnr, 10_000)  # type: ignore[misc]
+        assert found is not None and found.psnr == wanted and len(asked) <= 6
+        asked = []  # steps of very unlike worth
+        found = coarsest(at, lambda c, w=wanted: (w - c.psnr) ** 3, 10_000)  # type: ignore[misc]
+        assert found is not None and found.psnr == wanted and len(asked) <= 11
+        asked = []  # only good or not
+        found = coarsest(
+            at,
+            lambda c, w=wanted: math.inf if c.psnr < w else -math.inf,  # type: ignore[misc]
+            10_000,
+        )
+        assert found is not None and found.psnr == wanted and len(asked) <= 11
+    asked = []
+    assert coarsest(at, lambda c: 60 - c.psnr, 500) is None and len(asked) <= 3
+    assert coarsest(at, lambda c: 1.0, 10_000) is None
+    assert coarsest(at, lambda c: math.nan, 10_000) is None
 
 
 def test_a_smaller_lossless_tile_wins() -> None:

@@ -18,6 +18,7 @@ from wsicodec.convert.tiles import TileCoder
 from wsicodec.errors import SlideError
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.passport import read_passport
+from wsicodec.tissue.mask import TissueMask
 
 SIZE = 64
 
@@ -122,6 +123,38 @@ class TestTile:
         settings = ConvertSettings(quality=10, floor_ssim=0.97)
         coded = TileCoder(settings).code(level, 0, 0, image)
         assert 0.97 <= coded.ssim < 0.98
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 2), (10, 12)])
+    @pytest.mark.parametrize("codec", ["learned", "jpegxl"])
+    def test_tiles_smaller_than_the_window_of_ssim(
+        self, codec: str, shape: tuple[int, int]
+    ) -> None:
+        image = np.random.default_rng(3).integers(0, 256, (*shape, 3), np.uint8)
+        settings = ConvertSettings(
+            codec, quality=10, tile_size=SIZE, floor_ssim=0.97, floor_psnr=35
+        )
+        coded = TileCoder(settings).code(LevelPlan(0, *shape, SIZE, 0, 1), 0, 0, image)
+        assert coded.data is not None
+        decoded = wsicodec.decode(coded.data)[: shape[0], : shape[1]]
+        assert metrics.psnr(image, decoded) >= 35
+        assert coded.ssim >= 0.97
+
+    @pytest.mark.parametrize("glass", ["fill", "drop"])
+    @pytest.mark.parametrize("codec", ["jpeg", "webp", "jpegxl", "learned"])
+    def test_glass_tiles_hold_it_too(self, codec: str, glass: str) -> None:
+        """JPEG has colours that no quality holds exactly; they are refused as any tile would be."""
+        background = (201, 17, 93)
+        mask = TissueMask(np.zeros((2, 2), np.bool_), 256, "otsu", background)
+        settings = ConvertSettings(codec, tile_size=SIZE, glass=glass, floor_psnr=60)
+        coder = TileCoder(settings, mask, {0: 1.0})
+        image = np.full((SIZE, SIZE, 3), 240, np.uint8)
+        level = LevelPlan(0, SIZE, SIZE, SIZE, 0, 1)
+        if codec == "jpeg":
+            with pytest.raises(SlideError, match="jpeg does not reach the floor of PSNR 60"):
+                coder.code(level, 0, 0, image)
+            return
+        coder.code(level, 0, 0, image)
+        np.testing.assert_array_equal(wsicodec.decode(coder.glass_tile)[0, 0], background)
 
     def test_padding_is_not_measured(self) -> None:
         """A sliver of tissue at the slide's edge must be good by itself."""

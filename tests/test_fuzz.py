@@ -139,7 +139,7 @@ def test_mutated_tiles_soak(seed: int) -> None:
 
 def hostile(digest: bytes) -> Iterator[tuple[str, bytes]]:
     """Small tiles that promise the largest image."""
-    for mode in (Mode.JPEGXL, Mode.JPEG, Mode.JPEG2000, Mode.LOSSLESS):
+    for mode in (Mode.JPEGXL, Mode.JPEG, Mode.JPEG2000, Mode.LOSSLESS, Mode.TRANSCODED):
         name = "lossless" if mode is Mode.LOSSLESS else mode.name.lower()
         payload = (FOLDER / "decode" / f"{name}-17x31.tile").read_bytes()[18:]
         yield f"{name} of another size", Tile(mode, 4096, 4096, payload).pack()

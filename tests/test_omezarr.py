@@ -756,7 +756,7 @@ class TestWriting:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
-            with pytest.raises(SlideError, match=r"a\.zarr: cannot be written: File too large"):
+            with pytest.raises(SlideError, match=r"a\.zarr: .* no file of this size"):
                 write(tmp_path / "a.zarr", [small()], "lossless")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

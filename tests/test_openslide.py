@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import struct
 import sys
 import threading
@@ -30,6 +32,7 @@ from wsicodec.slide import openslide as module
 from wsicodec.slide.dates import aperio_date, iso_date, openslide_date, tiff_date
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.openslide import OpenSlideReader
+from wsicodec.slide.parts import slide_bytes
 from wsicodec.slide.tiff import TiffReader
 
 TILE = 128
@@ -537,6 +540,49 @@ class TestUnevenScales:
             assert off[1:].max() < 1 / 256
 
 
+class TestFileBytes:
+    """A slide may be many files; all of them count."""
+
+    @pytest.mark.parametrize(("name", "writer"), [("a.mrxs", write_mirax), ("a.vms", write_vms)])
+    def test_of_vendors(self, tmp_path: Path, name: str, writer: Writer) -> None:
+        path = writer(tmp_path / name, tissue(512, 768))
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        whole = sum(file.stat().st_size for file in files)
+        (tmp_path / "another.jpg").write_bytes(b"of nobody")
+        with open_slide(path) as slide:
+            assert slide.info.file_bytes == whole
+        assert len(files) > 2
+
+    def test_names_elsewhere_do_not_count(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        path = write_vms(tmp_path / "in" / "a.vms", tissue(512, 768))
+        (tmp_path / "secret").write_bytes(bytes(10**6))
+        properties = {
+            "hamamatsu.ImageFile": "a.jpg",
+            "hamamatsu.ImageFile(0,1)": "../secret",
+            "hamamatsu.MapFile": str(tmp_path / "secret"),
+            "hamamatsu.MacroImage": "..",
+        }
+        expected = path.stat().st_size + (tmp_path / "in" / "a.jpg").stat().st_size
+        assert slide_bytes(path, "hamamatsu", properties) == expected
+
+    def test_of_a_dicom_series(self, tmp_path: Path) -> None:
+        content = data_slide("highdicom-sm-image.dcm").read_bytes()
+        path = tmp_path / "a.dcm"
+        path.write_bytes(content)
+        with open_slide(path) as slide:
+            assert slide.info.file_bytes == len(content)
+        (tmp_path / "b.dcm").write_bytes(content + b"\0" * 100)
+        series = openslide.OpenSlide(path).properties["dicom.SeriesInstanceUID"].encode()
+        other = content.replace(series, series[:-1] + b"0")
+        assert other != content
+        (tmp_path / "c.dcm").write_bytes(other)
+        (tmp_path / "folder").mkdir()
+        os.mkfifo(tmp_path / "pipe")
+        properties = {"dicom.SeriesInstanceUID": series.decode()}
+        assert slide_bytes(path, "dicom", properties) == 2 * len(content) + 100
+
+
 class TestThreads:
     def test_many_threads_see_the_same_pixels(self) -> None:
         path = data_slide("hamamatsu-test3-tritc.ndpi")
@@ -551,6 +597,35 @@ class TestThreads:
 
         with OpenSlideReader(path, 10**6) as slide, ThreadPoolExecutor(8) as pool:
             assert all(pool.map(read, range(40)))
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+    def test_fork_while_others_read(self, tmp_path: Path) -> None:
+        """The child opens the slide anew, and closes it without the parent's threads."""
+        path = write_mirax(tmp_path / "a.mrxs", tissue(512, 768))
+        with OpenSlideReader(path) as slide, ThreadPoolExecutor(1) as pool:
+            level = slide.levels[0]
+            expected = slide.read_region(0, 0, 0, level.height, level.width)
+            reading, go_on = threading.Event(), threading.Event()
+
+            def slow(raw: openslide.OpenSlide) -> bool:
+                reading.set()
+                return go_on.wait(30)
+
+            running = pool.submit(slide._handle.run, slow, "asked")
+            assert reading.wait(10)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends a child that waits
+                found = slide.read_region(0, 0, 0, level.height, level.width)
+                slide.close()
+                os._exit(0 if np.array_equal(found, expected) else 1)
+            status = os.waitpid(child, 0)[1]
+            go_on.set()
+            assert running.result(10)
+            np.testing.assert_array_equal(
+                slide.read_region(0, 0, 0, level.height, level.width), expected
+            )
+        assert status == 0
 
     def test_closing_waits_for_reads(self, tmp_path: Path) -> None:
         """OpenSlide would read freed memory."""

@@ -6,6 +6,10 @@ import argparse
 import hashlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
@@ -22,16 +26,17 @@ import tiffslide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
-from slides import CMU, DESCRIPTION, ICC, data_slide, nothing_left, tissue, write_svs, ycbcr
+from slides import CMU, DESCRIPTION, ICC, ROOT, data_slide, nothing_left, tissue, write_svs, ycbcr
 
 import wsicodec
 from wsicodec.cli import restore as restore_command
-from wsicodec.convert import ConvertSettings, convert
-from wsicodec.convert.cleaning import cleaned
+from wsicodec.convert import ConvertSettings, convert, verify
+from wsicodec.convert.deidentify.cleaning import cleaned
 from wsicodec.convert.passthrough import copy_slide, copyable, transcodable, transcode_slide
 from wsicodec.convert.restore import restore
 from wsicodec.convert.results import ConvertProgress, ConvertReport
 from wsicodec.convert.rewrap import PassOptions
+from wsicodec.convert.work import work_folder
 from wsicodec.errors import (
     ChecksumError,
     FormatError,
@@ -294,6 +299,92 @@ def test_openslide_sees_all_levels_of_a_flat_copy(tmp_path: Path) -> None:
             )
     with tiffslide.TiffSlide(target) as slide:
         assert slide.level_count == 2
+
+
+def test_flat_copy_of_an_aperio_slide_stays_one(tmp_path: Path) -> None:
+    """With OpenSlide: vendor, what Aperio says of the slide, images beside it, pixels."""
+    packed, back = tmp_path / "packed.ome.tiff", tmp_path / "back.svs"
+    flat = tmp_path / "flat.svs"
+    _copy(CMU, flat, FLAT)
+    _transcode(CMU, packed)
+    restore(packed, back, layout="flat")
+    for path in (flat, back):
+        with openslide.OpenSlide(CMU) as there, openslide.OpenSlide(path) as here:
+            assert here.properties["openslide.vendor"] == "aperio"
+            for key, value in there.properties.items():
+                if key.startswith(("aperio.", "openslide.")) and "quickhash" not in key:
+                    assert here.properties[key] == value
+            assert set(here.associated_images) == {"label", "macro", "thumbnail"}
+            for name, image in there.associated_images.items():
+                np.testing.assert_array_equal(here.associated_images[name], image)
+            region = ((100, 200), 0, (700, 500))
+            np.testing.assert_array_equal(
+                np.asarray(here.read_region(*region)), np.asarray(there.read_region(*region))
+            )
+        with open_slide(path) as slide, open_slide(CMU) as source:
+            assert slide.info.description == source.info.description
+            assert (slide.info.mpp_x, slide.info.magnification) == (0.499, 20)
+            assert slide.info.associated == source.info.associated
+        assert verify(path, CMU).ok
+
+
+def test_flat_copy_of_levels_and_without_a_thumbnail(tmp_path: Path) -> None:
+    source = write_svs(
+        tmp_path / "s.svs", tissue(960, 900), levels=3, compression="jpeg", subsampling=(2, 2)
+    )
+    target = tmp_path / "copy.tif"
+    for associated, vendor in ((None, "aperio"), ((), "generic-tiff")):
+        _copy(source, target, PassOptions("flat", overwrite=True, associated=associated))
+        with openslide.OpenSlide(source) as there, openslide.OpenSlide(target) as here:
+            assert here.properties["openslide.vendor"] == vendor
+            assert here.level_dimensions == there.level_dimensions
+            if vendor == "aperio":
+                assert here.properties["openslide.mpp-x"] == there.properties["openslide.mpp-x"]
+        with open_slide(source) as there, open_slide(target) as here:
+            assert here.info.mpp_x == there.info.mpp_x
+            assert [(level.height, level.width) for level in here.levels] == [
+                (level.height, level.width) for level in there.levels
+            ]
+
+
+def test_what_a_killed_copy_left_is_gone_after_the_next_one(tmp_path: Path) -> None:
+    target = tmp_path / "copy.ome.tiff"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(CMU), str(target)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.wait() == -signal.SIGKILL
+    nothing_left(tmp_path, work_folder(target).name)
+    _copy(CMU, target)
+    nothing_left(tmp_path, "copy.ome.tiff")
+    with open_slide(target) as slide:
+        assert slide.levels[0].width == 2220
+
+
+KILLED = """
+import os, signal, sys
+from wsicodec.convert import ConvertSettings, convert
+convert(*sys.argv[1:], ConvertSettings("copy"), lambda _: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_two_copies_at_once_to_one_target(tmp_path: Path) -> None:
+    target = tmp_path / "copy.ome.tiff"
+
+    def again(_: ConvertProgress) -> None:
+        with pytest.raises(SlideError, match="being written by another process"):
+            _copy(CMU, target)
+
+    with open_slide(CMU) as slide:
+        copy_slide(slide, target, None, again)
+    nothing_left(tmp_path, "copy.ome.tiff")
+
+
+@pytest.mark.parametrize("work", [_copy, _transcode])
+def test_no_tiff_is_called_zarr(tmp_path: Path, work: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedError, match="not in OME-Zarr"):
+        work(CMU, tmp_path / "a.zarr")
+    nothing_left(tmp_path)
 
 
 def test_ome_readers_see_the_images_by_name(tmp_path: Path) -> None:
@@ -637,11 +728,11 @@ def test_transcoded_slide_comes_back_bit_by_bit(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     again = tmp_path / "again" / "slide.ome.tiff"
     report = _transcode(CMU, packed)
-    assert report.modes == {"as rgb": 130}
+    assert report.modes == {"transcoded": 130}
     tiles = sum(map(len, _streams(CMU)[0][1]))
     assert report.levels[0].coded_bytes < 0.72 * tiles
     restored = restore(packed, again, jobs=2)
-    assert restored.modes == {"as rgb": 130}
+    assert restored.modes == {"transcoded": 130}
     # against the original, and against the copy that was never transcoded
     assert _streams(again) == _streams(CMU)
     _copy(CMU, copied)
@@ -851,6 +942,23 @@ def test_changed_tile_is_named(tmp_path: Path, packed: Path, share: float) -> No
     nothing_left(tmp_path, "s.tif")
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_verify_turns_transcoded_tiles_back(tmp_path: Path, packed: Path, share: float) -> None:
+    assert verify(packed).ok
+    place, size = _place(packed, 77)
+    changed = _tampered(tmp_path / "t.tif", packed, place + int(size * share), b"\x55\xaa")
+    report = verify(changed)
+    assert report.failed == 1
+    assert (report.failures[0].row, report.failures[0].column) == divmod(77, 10)
+
+
+def test_verify_looks_at_the_tag(tmp_path: Path, packed: Path) -> None:
+    place = packed.read_bytes().index(b"WSTC")
+    report = verify(_tampered(tmp_path / "t.tif", packed, place + 300, b"\0\xff\0"))
+    assert (report.failed, len(report.faults)) == (0, 1)
+    assert "t.tif" in report.faults[0]
+
+
 def test_exchanged_tiles_are_noticed(tmp_path: Path, packed: Path) -> None:
     source = packed
     for code in (324, 325):
@@ -909,7 +1017,7 @@ def test_command(tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str
     target = tmp_path / "again.tif"
     arguments = parser.parse_args(["restore", str(packed), str(target), "--json", "--jobs", "1"])
     assert arguments.run(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["modes"] == {"as rgb": 130}
+    assert json.loads(capsys.readouterr().out)["modes"] == {"transcoded": 130}
     assert _streams(target) == _streams(CMU)
     arguments = parser.parse_args(["restore", str(packed), str(target)])
     with pytest.raises(SlideError, match="exists already"):
@@ -926,7 +1034,7 @@ def test_convert_keeps_streams(tmp_path: Path, transcode: bool) -> None:
         codec="jpegxl" if transcode else "copy", lossless_transcode=transcode, jobs=2
     )
     report = convert(CMU, target, settings)
-    assert report.modes == {"as rgb" if transcode else "copied": 130}
+    assert report.modes == {"transcoded" if transcode else "copied": 130}
     assert report.associated == ("thumbnail", "label", "macro")
     with TiffReader(target) as slide:
         record = slide.info.record

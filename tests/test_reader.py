@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from wsicodec.errors import (
     WsicodecError,
 )
 from wsicodec.slide import associated, layout, pages
+from wsicodec.slide.passport import TAG_PASSPORT
 from wsicodec.slide.protocol import StoredImage, StoredLayout
 from wsicodec.slide.record import TAG_RECORD
 from wsicodec.slide.tiff import TiffReader
@@ -1096,6 +1099,69 @@ class TestDamage:
                 slide.read_region(0, 1440, 240, 240, 240)
         assert str(path) in str(caught.value)
 
+    def test_a_strip_of_too_few_bytes(self, tmp_path: Path) -> None:
+        """What lies behind it belongs to others."""
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(
+            path, tissue(64, 64), photometric="rgb", rowsperstrip=16, metadata=None, byteorder="<"
+        )
+        with tifffile.TiffFile(path) as file:
+            place = file.pages[0].tags[279].valueoffset
+        content = bytearray(path.read_bytes())
+        assert struct.unpack_from("<4H", content, place) == (16 * 64 * 3,) * 4
+        struct.pack_into("<H", content, place + 2, 16 * 64 * 3 - 1)
+        path.write_bytes(content)
+        with TiffReader(path) as slide:
+            slide.read_region(0, 0, 0, 16, 64)
+            with pytest.raises(SlideError, match="row 1, column 0: its strip has 3071 bytes"):
+                slide.read_region(0, 0, 0, 17, 64)
+
+    @pytest.mark.parametrize(("kind", "count"), [(4, 1), (3, 5), (12, 3)])
+    def test_blobs_that_are_no_bytes(self, tmp_path: Path, kind: int, count: int) -> None:
+        """``bytes`` of a number would be as many zeros."""
+        value = {3: 700, 4: 2**31 - 1, 12: 0.5}[kind]
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(
+            path, tissue(64, 64), photometric="rgb", metadata=None,
+            extratags=[(TAG_PASSPORT, kind, count, value if count == 1 else [value] * count, 0)],
+        )  # fmt: skip
+        with (
+            TiffReader(path) as slide,
+            pytest.raises(SlideError, match=f"tag {TAG_PASSPORT} does not hold bytes"),
+        ):
+            slide.embedded_passport()
+
+    def test_of_tags_that_are_there_twice_the_first_is_checked(self, tmp_path: Path) -> None:
+        """It is the one that tifffile reads."""
+        path = tmp_path / "a.tif"
+        place = struct.pack("<H", 9)
+        tifffile.imwrite(
+            path, tissue(64, 64), photometric="rgb", tile=(64, 64), compression="deflate",
+            extratags=[(65000, 4, 1, 2**31, True)], metadata=None,
+        )  # fmt: skip
+        content = path.read_bytes()
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            entry = next(t.offset for t in page.tags if t.code == 324)
+            other = next(t.offset for t in page.tags if t.code == 65000)
+        assert struct.unpack_from("<H", content, entry + 2)[0] in (4, 16), place
+        changed = bytearray(content)
+        changed[other : other + 12] = content[entry : entry + 12]
+        struct.pack_into("<I", changed, entry + 8, 2**31)  # the first points nowhere
+        path.write_bytes(changed)
+        with pytest.raises(SlideError, match="beyond the file's end"):
+            TiffReader(path)
+
+    def test_stored_bytes_have_a_limit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write_svs(tmp_path / "a.svs", tissue(240, 240), compression="zlib", levels=1)
+        with TiffReader(path) as slide:
+            count = len(slide.tile_bytes(0, 0, 0))
+            monkeypatch.setattr(pages, "MAX_SEGMENT_BYTES", count - 1)
+            with pytest.raises(LimitError, match="row 0, column 0"):
+                slide.tile_bytes(0, 0, 0)
+
     def test_file_cut_at_any_byte(self, tmp_path: Path) -> None:
         """Whatever is missing, it is refused when opened: level, label, tag or tile."""
         whole = write_svs(tmp_path / "whole.svs", tissue(260, 250)).read_bytes()
@@ -1393,6 +1459,33 @@ class TestThreads:
 
             assert len(set(pool.map(read, range(8)))) == 1
             assert decoded == [(0, 0)]
+
+
+class TestFork:
+    @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+    def test_while_another_thread_decodes(self) -> None:
+        """The child does not wait for a thread that it has not got."""
+        with TiffReader(CMU) as slide, ThreadPoolExecutor(1) as pool:
+            expected = slide.decode_tile(0, 0, 0)
+            decoding, go_on = threading.Event(), threading.Event()
+
+            def slow() -> np.ndarray:
+                decoding.set()
+                assert go_on.wait(30)
+                return expected
+
+            running = pool.submit(slide._cache.get, (0, 0, 0), slow)
+            assert decoding.wait(10)
+            with slide._cache._lock:
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)  # ends a child that waits
+                    same = (slide.read_region(0, 0, 0, 240, 240) == expected).all()
+                    os._exit(0 if same else 1)
+            status = os.waitpid(child, 0)[1]
+            go_on.set()
+            assert (running.result(10) == expected).all()
+        assert status == 0
 
 
 def _count_decodes(slide: TiffReader, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

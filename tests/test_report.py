@@ -35,16 +35,17 @@ from wsicodec.cli import info as info_command
 from wsicodec.cli import report as report_command
 from wsicodec.convert import ConvertSettings, convert
 from wsicodec.convert.against import source_region
-from wsicodec.errors import SettingsError, SlideError, VerifyError
+from wsicodec.errors import SettingsError, SlideError, UnsupportedError, VerifyError
 from wsicodec.metrics import METRIC_ARGUMENTS, psnr, ssim
 from wsicodec.models import find_model
-from wsicodec.report import charts, maps, pictures
+from wsicodec.printing import printable
+from wsicodec.report import charts, maps, pictures, where
 from wsicodec.report.figures import TileFigures, tissue_grid, worst_tiles
 from wsicodec.report.findings import LENGTHS, MEASURED, STORED, Findings, collect
 from wsicodec.report.measure import TileReader, measure
 from wsicodec.report.page import MAX_PAGE_BYTES, draw
 from wsicodec.report.stored import find_passport, stored_bytes, stored_lengths
-from wsicodec.report.text import printable, psnr_text, share_text, size_text, ssim_text
+from wsicodec.report.text import psnr_text, share_text, size_text, ssim_text
 from wsicodec.slide.ometiff import CodedLevel, SlideMetadata, write_slide
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.passport import (
@@ -467,6 +468,12 @@ class TestCollect:
         assert "not by wsicodec" in reader.text
         assert "has no quality passport" in reader.text
 
+    def test_measuring_what_has_no_tiles_is_refused(self) -> None:
+        """Not reported as if it had been measured."""
+        dicom = data_slide("highdicom-sm-image.dcm")
+        with pytest.raises(UnsupportedError, match="cannot be measured"):
+            collect(dicom, dicom, measure_anew=True)
+
     def test_damaged_passport(self, small: Path, tmp_path: Path) -> None:
         path = coded_slide(small, tmp_path / "c.ome.tiff", codec="jpeg", averaged=0)
         content = bytearray(path.read_bytes())
@@ -617,6 +624,26 @@ class TestMaps:
         assert tuple(image[0, 1]) == (68, 1, 84)  # the best there is
         assert tuple(image[0, 3]) == (253, 231, 37)
         assert maps.scale_of(values[:, :2], bright_high=False, limit=1) is None
+
+    def test_unknown_and_infinite_of_several(self) -> None:
+        """Tiles equal to their source are known, whatever the map is drawn coarser by."""
+        values = np.full((4, 6), np.inf, np.float32)
+        values[:2, :2] = np.nan
+        values[2, 2] = 30
+        scale = maps.Scale(30, 50, bright_high=False)
+        image = maps.heat_map(values, scale, None, 2)
+        assert tuple(image[0, 0]) == maps.UNKNOWN
+        assert tuple(image[0, 1]) == tuple(image[1, 2]) == (68, 1, 84)
+        assert tuple(image[1, 1]) == (253, 231, 37)
+
+    def test_ends_of_a_scale_tell_what_lies_beyond(self) -> None:
+        scale = maps.Scale(0, 2, bright_high=True)
+        within = where._ramp(scale, np.array([0, 1, 2, np.nan]), " dB")
+        assert "<span>0 dB</span>" in within
+        assert "<span>2 dB</span>" in within
+        beyond = where._ramp(scale, np.array([-1, np.inf]), " dB")
+        assert "<span>≤ 0 dB</span>" in beyond
+        assert "<span>≥ 2 dB</span>" in beyond
 
     def test_scale_of_absurd_values(self) -> None:
         values = np.array([[0, 3.4e38, 3.3e38]], np.float32)

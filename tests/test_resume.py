@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +93,64 @@ def test_a_changed_source_begins_afresh(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "a.ome.tiff", settings).resumed == 0
 
 
+def test_another_source_of_the_same_size_and_time_begins_afresh(tmp_path: Path) -> None:
+    source = write_svs(tmp_path / "a.svs", tissue(333, 450))
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True)
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "a.ome.tiff", settings, stop_after(20))
+    status, content = source.stat(), source.read_bytes()
+    source.write_bytes(content.replace(b"Q=70", b"Q=71", 1))
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert convert(source, tmp_path / "a.ome.tiff", settings).resumed == 0
+
+
+def test_a_changed_zarr_begins_afresh(svs: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.zarr"
+    convert(svs, source, ConvertSettings("jpeg", levels=1))
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True)
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "a.ome.tiff", settings, stop_after(20))
+    os.utime(source / "0" / "c" / "0" / "0" / "0", ns=(1, 1))
+    assert convert(source, tmp_path / "a.ome.tiff", settings).resumed == 0
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "copy"])
+def test_a_source_that_changes_meanwhile(svs: Path, tmp_path: Path, codec: str) -> None:
+    source = tmp_path / "a.svs"
+    source.write_bytes(svs.read_bytes())
+
+    def change(_: ConvertProgress) -> None:
+        with source.open("ab") as file:
+            file.write(b"more")
+
+    with pytest.raises(SlideError, match=r"a\.svs: changed while"):
+        convert(source, tmp_path / "a.ome.tiff", ConvertSettings(codec), change)
+    nothing_left(tmp_path, "a.svs")
+
+
+def test_what_is_taken_over_counts_as_done_but_not_as_speed(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True, jobs=1)
+    first: list[ConvertProgress] = []
+
+    def stop(progress: ConvertProgress) -> None:
+        first.append(progress)
+        if len(first) == 20:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(svs, target, settings, stop)
+    assert {progress.pixels_resumed for progress in first} == {0}
+    seen: list[ConvertProgress] = []
+    report = convert(svs, target, settings, seen.append)
+    assert {progress.pixels_resumed for progress in seen} == {first[-1].pixels_done}
+    assert seen[0].bytes_done > first[-1].bytes_done
+    last = seen[-1]
+    assert last.bytes_done == sum(level.coded_bytes for level in report.levels)
+    assert last.bytes_saved == svs.stat().st_size - last.bytes_done
+    assert (last.tiles_done, last.pixels_done) == (last.tiles, last.pixels)
+
+
 def test_without_resume_an_earlier_run_is_of_no_interest(svs: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.ome.tiff"
     settings = {"codec": "jpeg", "tile_size": 64, "block_size": 64}
@@ -134,6 +196,16 @@ def test_a_worker_that_dies_is_named(svs: Path, tmp_path: Path) -> None:
     nothing_left(tmp_path)
     assert not _children() - before
     assert not [t for t in threading.enumerate() if t.name.startswith("wsicodec")]
+
+
+def test_no_process_can_be_started(
+    svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    settings = ConvertSettings("jpeg", jobs=2, in_process=False)
+    with pytest.raises(SlideError, match=r"a\.svs: no process .* can be started: No such file"):
+        convert(svs, tmp_path / "a.ome.tiff", settings)
+    nothing_left(tmp_path)
 
 
 def _children() -> set[int]:
@@ -279,6 +351,86 @@ class TestWork:
             work.add(self.block(7))
             assert Block(0, 0, 7) in work.blocks
         assert not work.folder.exists()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_an_interrupt_while_blocks_are_looked_through_loses_none(
+        self, plan, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    ) -> None:
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            for number in range(5):
+                work.add(self.block(number))
+            raise Stopped
+        take = Work._take
+
+        def interrupted(self: Work, block: Block, *rest: Any) -> None:
+            if len(self.blocks) == 3:
+                raise error
+            take(self, block, *rest)
+
+        monkeypatch.setattr(Work, "_take", interrupted)
+        with pytest.raises((error, SlideError)), Work(plan, {"a": 1}, keep=True):
+            raise AssertionError
+        monkeypatch.undo()
+        with Work(plan, {"a": 1}, keep=True) as work:
+            assert len(work.blocks) == 5
+
+    def test_a_disk_that_is_away_for_a_moment_costs_no_block(
+        self, plan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            work.add(self.block(1))
+            raise Stopped
+
+        def away(*_: object) -> str:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", away)
+            with pytest.raises(SlideError, match="Stale"), Work(plan, {"a": 1}, keep=True):
+                raise AssertionError
+        with Work(plan, {"a": 1}, keep=True) as work:
+            assert len(work.blocks) == 1
+
+    @pytest.mark.parametrize("content", [b"", b"mask", None])
+    def test_blocks_of_a_mask_that_is_damaged_are_forgotten(
+        self, plan, content: bytes | None
+    ) -> None:
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            work.keep_mask(b"a mask")
+            work.add(self.block(1))
+            raise Stopped
+        with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:
+            assert work.mask() == b"a mask"
+            assert len(work.blocks) == 1
+            raise Stopped
+        path = work.folder / "mask.bin"
+        path.unlink() if content is None else path.write_bytes(content)
+        with Work(plan, {"a": 1}, keep=True) as work:
+            assert work.mask() is None
+            work.keep_mask(b"another")
+            assert not work.blocks
+            assert work.coded_bytes(0) == 0
+            work.add(self.block(2))
+            np.testing.assert_array_equal(work.piece(Block(0, 0, 2)), self.block(2).piece)
+
+    def test_a_lock_in_a_folder_that_was_just_removed(
+        self, plan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another run ends between the opening of the lock and the locking."""
+        real, calls = fcntl.flock, []
+
+        def flock(file: Any, how: int) -> None:
+            if not calls:
+                shutil.rmtree(work_folder(plan.target))
+            calls.append(how)
+            real(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with Work(plan, {"a": 1}, keep=False) as work:
+            work.add(self.block(1))
+            with pytest.raises(SlideError, match="another process"):
+                Work(plan, {"a": 1}, keep=False).__enter__()
+        assert len(calls) == 3
 
     def test_another_plan_is_not_gone_on_with(self, plan) -> None:
         with pytest.raises(Stopped), Work(plan, {"a": 1}, keep=True) as work:

@@ -908,6 +908,9 @@ def foreign(name: str, image: Array) -> bytes:
         return bytes(imagecodecs.jpeg8_encode(image, level=85, subsampling=subsampling))
     if name == "jpeg-420":
         return bytes(imagecodecs.jpeg8_encode(image, level=85, subsampling="420", optimize=True))
+    if name.startswith("transcoded"):
+        jpeg = foreign(name.replace("transcoded", "jpeg"), image)
+        return bytes(imagecodecs.jpegxl_encode_jpeg(jpeg, numthreads=1))
     if name == "jpeg2000":
         return bytes(
             imagecodecs.jpeg2k_encode(
@@ -918,7 +921,8 @@ def foreign(name: str, image: Array) -> bytes:
 
 
 FOREIGN_MODES = {
-    "jpegxl": 2, "jpegxl-container": 2, "jpeg": 3, "jpeg-420": 3, "jpeg2000": 4, "lossless": 5
+    "jpegxl": 2, "jpegxl-container": 2, "jpeg": 3, "jpeg-420": 3, "jpeg2000": 4, "lossless": 5,
+    "transcoded": 6, "transcoded-420": 6,
 }  # fmt: skip
 
 LEARNED = {
@@ -1189,6 +1193,8 @@ def stage_classes(model: second.Model, gain: int, z: list[int]) -> list[int]:
 
 def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
     """Name to (error class, bytes). Every checksum is right unless the checksum is the fault."""
+    import imagecodecs
+
     model = second.read_model(file)
     colour = bytes([9, 8, 7])
     good = tile(0, 3, 5, colour)
@@ -1198,6 +1204,9 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
     payload = encode_symbols(steps, 4)
     image = tissue(17, 31, 40)
     jxl, jpeg, j2k = (foreign(n, image) for n in ("lossless", "jpeg", "jpeg2000"))
+    transcoded = foreign("transcoded", image)
+    comments = jpeg[:2] + 65 * b"\xff\xfe\x00\x03a" + jpeg[2:]
+    commented = bytes(imagecodecs.jpegxl_encode_jpeg(comments, numthreads=1))
     one = Learned(1, 1, 90, 1, 4)  # three hyper-latents, four symbols
     deep = Learned(1, 1, 255, 1, 4)
     alone = Learned(1, 1, 255, 1, 1)  # one lane: 1, 0 lead to quantiser 1
@@ -1233,6 +1242,7 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
         "version-0": (unsupported, tile(0, 3, 5, colour, version=0)),
         "version-2": (unsupported, tile(0, 3, 5, colour, version=2)),
         "mode-6": (form, tile(6, 3, 5, colour)),
+        "mode-7": (form, tile(7, 3, 5, colour)),
         "mode-9": (form, tile(9, 3, 5, colour)),
         "height-0": (limit, tile(0, 0, 5, colour)),
         "width-0": (limit, tile(0, 3, 0, colour)),
@@ -1301,6 +1311,16 @@ def refuse_vectors(file: bytes) -> dict[str, tuple[str, bytes]]:
             unsupported,
             tile(5, 17, 31, foreign("lossless", image.astype(np.uint16) * 257)),
         ),
+        "transcoded-other-size": (form, tile(6, 17, 30, transcoded)),
+        "transcoded-cut": (truncated, tile(6, 17, 31, transcoded[:-20])),
+        "transcoded-holds-jpeg": (form, tile(6, 17, 31, jpeg)),
+        "transcoded-holds-pixels": (form, tile(6, 17, 31, foreign("jpegxl-container", image))),
+        "transcoded-with-xmp": (
+            form,
+            tile(6, 17, 31, transcoded + struct.pack(">I4s", 12, b"xml ") + b"<a/>"),
+        ),
+        "transcoded-of-65-comments": (limit, tile(6, 17, 31, commented)),
+        "transcoded-grey": (unsupported, tile(6, 17, 31, foreign("transcoded", image[..., 0]))),
         "jpeg-grey": (unsupported, tile(3, 17, 31, foreign("jpeg", image[..., 0]))),
     }
 

@@ -41,6 +41,7 @@ class Mode(enum.IntEnum):
     JPEG = 3
     JPEG2000 = 4
     LOSSLESS = 5
+    TRANSCODED = 6
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ exit codes:
   1    failed; one line on standard error says what and why
   2    wrong arguments
   3    a file does not hold what it promises (verify)
-  130  interrupted; no partial output is left
+  130  interrupted (143: terminated); no partial output is left
 """
 
 
@@ -181,10 +181,30 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, str
     ) as bar:
         task = bar.add_task(title, total=None, note="")
 
+        begun = False
+
         def advance(done: int, total: int, note: str) -> None:
+            nonlocal begun
+            if not begun:
+                # what an earlier run did must not count as this one's speed
+                bar.reset(task, completed=done, total=total, note=note)
+                begun = True
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as one line on standard error, without the place in the code that gave them."""
+    import warnings
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"wsicodec: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager
@@ -200,7 +220,7 @@ def convert_bar(title: str, *, quiet: bool) -> Iterator[Callable[[ConvertProgres
 
         def update(progress: ConvertProgress) -> None:
             seconds = max(time.perf_counter() - started, 1e-6)
-            speed = progress.pixels_done / 1e6 / seconds
+            speed = (progress.pixels_done - progress.pixels_resumed) / 1e6 / seconds
             note = f"{speed:.1f} Mpx/s, {size_text(progress.bytes_done)}"
             if progress.bytes_saved > 0:
                 note += f", {size_text(progress.bytes_saved)} saved"

@@ -5,6 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from wsicodec.choices import (
+    CONVERT_CODECS,
+    GLASS_MODES,
+    LAYOUTS,
+    MACROS,
+    MEASURES,
+    TISSUE_METHODS,
+)
 from wsicodec.cli.common import (
     Exit,
     Subparsers,
@@ -13,14 +21,15 @@ from wsicodec.cli.common import (
     add_option,
     convert_bar,
     levels,
+    plain_warnings,
     print_json,
     print_report,
 )
+from wsicodec.errors import SettingsError
 
 if TYPE_CHECKING:
     from wsicodec.convert import ConvertSettings
 
-CODEC_NAMES = ("learned", "jpeg", "jpeg2000", "jpegxl", "webp", "lossless", "copy")
 PRESET_NAMES = ("preview", "diagnostic", "archive")
 
 
@@ -56,8 +65,10 @@ def add(commands: Subparsers) -> None:
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what comes out of a conversion, one slide's or many slides'."""
     coding = parser.add_argument_group("coding")
-    coding.add_argument("--codec", choices=CODEC_NAMES, default="learned", help="default: learned")
-    coding.add_argument("--model", default="he-fast", help="for learned (default: he-fast)")
+    coding.add_argument(
+        "--codec", choices=CONVERT_CODECS, default="learned", help="default: learned"
+    )
+    coding.add_argument("--model", help="for learned (default: he-fast)")
     quality = coding.add_mutually_exclusive_group()
     quality.add_argument(
         "--quality", type=int, metavar="N", help="1 ... 100, the same scale for all (default: 70)"
@@ -101,22 +112,28 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         "--measure",
         nargs="?",
         const="all",
-        choices=("none", "sample", "all"),
+        choices=MEASURES,
         default="all",
         help="decode tiles and record PSNR and SSIM: of all (default), 64 of each level, or none",
+    )
+    coding.add_argument(
+        "--accept-damage",
+        action="store_true",
+        help="code JPEG tiles of the source as they decode even where their bytes are damaged; "
+        "without it they end the conversion",
     )
     glass = parser.add_argument_group("glass")
     glass.add_argument(
         "--glass",
-        choices=("keep", "fill", "drop"),
+        choices=GLASS_MODES,
         default="keep",
         help="keep codes glass like all else (default); fill gives it the slide's own background "
         "colour; drop also stores tiles without tissue only once",
     )
     glass.add_argument(
         "--tissue",
-        choices=("network", "otsu"),
-        default="network",
+        choices=TISSUE_METHODS,
+        default=TISSUE_METHODS[0],
         help="how tissue is told from glass (default: network)",
     )
     layout = parser.add_argument_group("file")
@@ -132,8 +149,8 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     )
     layout.add_argument(
         "--layout",
-        choices=("subifd", "flat"),
-        default="subifd",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
         help="subifd: OME-TIFF; flat: one directory a level, for readers that see only level 0 of "
         "an OME-TIFF",
     )
@@ -155,17 +172,23 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     )
     layout.add_argument(
         "--macro",
-        choices=("drop", "blank"),
-        default="drop",
-        help="what --deidentify does to the macro image: leave it out, or blank its label's end",
+        choices=MACROS,
+        help="what --deidentify does to the macro image: leave it out (default), or blank its "
+        "label's end",
     )
 
 
 def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSettings:
     """Settings by the options of ``add_convert_options``; more: others, by name."""
-    from wsicodec.codec import DEFAULT_QUALITY, TARGETS
+    from wsicodec.codec import DEFAULT_MODEL, DEFAULT_QUALITY, TARGETS
     from wsicodec.convert import PRESETS, ConvertSettings
 
+    if arguments.model is not None and arguments.codec != "learned":
+        raise SettingsError(f"--model goes with --codec learned, not {arguments.codec}")
+    if arguments.codec == "lossless" and (arguments.quality or arguments.preset):
+        raise SettingsError("--codec lossless keeps every pixel: it takes no quality and no preset")
+    if arguments.macro is not None and not arguments.deidentify:
+        raise SettingsError("--macro says what --deidentify does: it needs --deidentify")
     quality = DEFAULT_QUALITY if arguments.quality is None else arguments.quality
     options = dict(arguments.option)
     for name in ("effort", *TARGETS):
@@ -173,7 +196,7 @@ def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSetting
             options[name] = value
     return ConvertSettings(
         codec=arguments.codec,
-        model=arguments.model,
+        model=arguments.model or DEFAULT_MODEL,
         quality=PRESETS[arguments.preset] if arguments.preset else quality,
         options=options,
         tile_size=arguments.tile_size,
@@ -186,7 +209,8 @@ def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSetting
         lossless_transcode=arguments.lossless_transcode,
         associated=arguments.associated,
         deidentify=arguments.deidentify,
-        macro=arguments.macro,
+        macro=arguments.macro or MACROS[0],
+        accept_damage=arguments.accept_damage,
         embed_model=arguments.embed_model,
         layout=arguments.layout,
         **more,  # type: ignore[arg-type]
@@ -203,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         jobs=arguments.jobs,
     )
-    with convert_bar("converting", quiet=arguments.json) as bar:
+    with plain_warnings(), convert_bar("converting", quiet=arguments.json) as bar:
         report = convert(arguments.input, arguments.output, settings, bar)
     if arguments.json:
         print_json(report.as_dict())

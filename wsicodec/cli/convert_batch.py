@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from wsicodec.cli.common import Exit, Subparsers, add_command, print_json, print_table
 from wsicodec.cli.convert import add_convert_options, settings_of
+from wsicodec.printing import printable
 from wsicodec.report.text import size_text
 
 if TYPE_CHECKING:
     from wsicodec.convert.batch import BatchProgress, BatchReport
-    from wsicodec.convert.journal import Row
+    from wsicodec.convert.batch.rows import Row
 
 _SHOWN_RUNNING = 3  # names beside the bar
 
@@ -133,18 +134,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_plan(report: BatchReport) -> None:
-    from wsicodec.convert.journal import printable
-
     for row in report.rows:
-        print(f"{row.state:8}{printable(row.source)} -> {printable(row.target)}")
+        print(f"{row.state:8}{_shown(row.source)} -> {_shown(row.target)}")
     for folder in report.unreadable:
-        print(f"wsicodec: cannot be read: {printable(folder)}", file=sys.stderr)
+        print(f"wsicodec: cannot be read: {_shown(folder)}", file=sys.stderr)
     print(f"{len(report.rows)} slides, {report.count('done')} of them done")
 
 
 def _print(report: BatchReport, *, json: bool) -> None:
-    from wsicodec.convert.journal import printable
-
     if json:
         print_json(report.as_dict())
         return
@@ -167,17 +164,15 @@ def _print(report: BatchReport, *, json: bool) -> None:
         if row.state == "failed":
             print(f"wsicodec: {_failure(row)}", file=sys.stderr)
     for folder in report.unreadable:
-        print(f"wsicodec: cannot be read: {printable(folder)}", file=sys.stderr)
+        print(f"wsicodec: cannot be read: {_shown(folder)}", file=sys.stderr)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    from wsicodec.convert.journal import printable
-
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     return (
-        printable(row.source),
+        _shown(row.source),
         row.state,
         str(row.attempts),
         size_text(row.bytes_in or row.file_bytes),
@@ -190,10 +185,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _failure(row: Row) -> str:
-    from wsicodec.convert.journal import printable
+def _shown(text: str) -> str:
+    """As one line, whole, that tells apart whatever the file system does."""
+    return printable(text, None, escape=True)
 
-    return f"{printable(row.source)}: {row.error}: {printable(row.message or '')}"
+
+def _failure(row: Row) -> str:
+    return f"{_shown(row.source)}: {row.error}: {_shown(row.message or '')}"
 
 
 @contextlib.contextmanager
@@ -236,15 +234,13 @@ def _watching(*, quiet: bool) -> Iterator[Callable[[BatchProgress], None] | None
 
 
 def _note(now: BatchProgress) -> str:
-    from wsicodec.convert.journal import printable
-
     parts = [f"{now.pixels_per_second / 1e6:.1f} Mpx/s"]
     if now.bytes_in:
         parts.append(f"{size_text(max(0, now.bytes_in - now.bytes_out))} saved")
     if now.failed:
         parts.append(f"{now.failed} failed")
     names = [
-        f"{printable(name.rpartition('/')[2])} {share:.0%}" for name, share in now.running.items()
+        f"{_shown(name.rpartition('/')[2])} {share:.0%}" for name, share in now.running.items()
     ]
     if len(names) > _SHOWN_RUNNING:
         names[_SHOWN_RUNNING:] = [f"and {len(names) - _SHOWN_RUNNING} more"]
@@ -253,8 +249,6 @@ def _note(now: BatchProgress) -> str:
 
 def _line(now: BatchProgress) -> str | None:
     """What became of a slide, for a log; None where nothing did."""
-    from wsicodec.convert.journal import printable
-
     row = now.row
     if row is None:
         return None
@@ -266,4 +260,4 @@ def _line(now: BatchProgress) -> str | None:
     if row.bytes_in is None or row.bytes_out is None or row.seconds is None:
         return None
     sizes = f"{size_text(row.bytes_in)} -> {size_text(row.bytes_out)}"
-    return f"{head}{printable(row.source)}: {sizes}, {row.seconds:.1f} s"
+    return f"{head}{_shown(row.source)}: {sizes}, {row.seconds:.1f} s"

@@ -15,8 +15,8 @@ from pathlib import Path
 from wsicodec.cli.common import Exit, Subparsers, add_command, print_json
 from wsicodec.errors import WsicodecError
 
-_LIBRARIES = ("numpy", "imagecodecs", "tifffile", "numba", "onnx", "rich")
-_OPTIONAL = ("zarr", "numcodecs", "tiffslide")
+_LIBRARIES = ("numpy", "imagecodecs", "tifffile", "numba", "onnx", "rich", "ome-types")
+_OPTIONAL = ("zarr", "numcodecs", "openslide-python", "openslide-bin", "distributed", "tiffslide")
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _INSTALL_CPU = 'pip install "wsicodec[cpu]"'
 _REPAIR_MIX = (
@@ -24,6 +24,7 @@ _REPAIR_MIX = (
     "pip install --force-reinstall onnxruntime (or onnxruntime-gpu on a machine with a CUDA GPU)"
 )
 _REINSTALL = "pip install --force-reinstall --no-deps wsicodec"
+_INSTALL_AGAIN = "pip install --force-reinstall wsicodec"
 _HOOK_SECONDS = 120
 
 
@@ -54,7 +55,7 @@ def add(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    checks = [check() for check in CHECKS]
+    checks = [_made(check) for check in CHECKS]
     healthy = all(check.ok for check in checks)
     if arguments.json:
         print_json({"ok": healthy, "checks": [check.as_dict() for check in checks]})
@@ -64,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         if not check.ok and check.fix:
             print(f"      fix: {check.fix}")
     return Exit.OK if healthy else Exit.FAILED
+
+
+def _made(check: Callable[[], Check]) -> Check:
+    """A check's finding. A library that is missing or broken is one, too, whatever it raises."""
+    try:
+        return check()
+    except Exception as error:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        return Check(name, False, f"{type(error).__name__}: {error}", _INSTALL_AGAIN)
 
 
 def check_versions() -> Check:
@@ -123,9 +133,9 @@ def check_onnxruntime(distributions: Mapping[str, Sequence[str]] | None = None) 
     if len(owners) > 1:
         detail = f"{' and '.join(owners)} are both installed and overwrite each other's files"
         return Check(name, False, detail, _REPAIR_MIX)
-    try:
-        from wsicodec.models.session import runtime
+    from wsicodec.models.session import runtime
 
+    try:
         library = runtime()
         providers = ", ".join(library.get_available_providers())
     except WsicodecError as error:
@@ -142,6 +152,9 @@ def check_numba_cache() -> Check:
     fix = "export NUMBA_CACHE_DIR=~/.cache/numba"
     from wsicodec.entropy import kernel
 
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        detail = "NUMBA_DISABLE_JIT turns the compiler off, which learned tiles need"
+        return Check(name, False, detail, "unset NUMBA_DISABLE_JIT")
     path = kernel.decode_symbols.stats.cache_path  # type: ignore[attr-defined]
     if path is None:
         return Check(name, False, "no folder to keep compiled code in: each start compiles", fix)

@@ -214,7 +214,7 @@ def _remark(tile: TileFigures) -> str:
 
 def _line(text: str) -> str:
     """A string of the file: no control character of it reaches the terminal."""
-    from wsicodec.report.text import printable
+    from wsicodec.printing import printable
 
     return printable(text)
 

@@ -42,9 +42,9 @@ def add(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from wsicodec.convert.output import atomic_file
     from wsicodec.report.findings import collect
     from wsicodec.report.page import draw
+    from wsicodec.slide.placing import atomic_file
 
     target = Path(arguments.html)
     _check_target(target, [arguments.file, arguments.against], arguments.overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from wsicodec.choices import LAYOUTS
 from wsicodec.cli.common import (
     Exit,
     Subparsers,
@@ -28,8 +29,8 @@ def add(commands: Subparsers) -> None:
     parser.add_argument("output", help="TIFF to write; it appears when every tile was checked")
     parser.add_argument(
         "--layout",
-        choices=("subifd", "flat"),
-        default="subifd",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
         help="subifd: OME-TIFF (QuPath, Bio-Formats, tifffile); flat: plain TIFF whose pyramid "
         "OpenSlide and libvips see whole",
     )

@@ -48,11 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report.as_dict())
         return Exit.OK if report.ok else Exit.UNVERIFIED
+    for fault in report.faults:
+        print(f"wsicodec: {fault}", file=sys.stderr)
     for failure in report.failures[:_SHOWN]:
         print(f"wsicodec: {failure.error}: {failure.reason}", file=sys.stderr)
     if report.failed > _SHOWN:
         print(f"wsicodec: and {report.failed - _SHOWN} more", file=sys.stderr)
     verdict = "all good" if report.ok else f"{report.failed} of them damaged"
+    if report.faults:
+        verdict += f", {len(report.faults)} faults beside them"
     print(f"{report.path}: {report.tiles} tiles, {verdict}")
     for level, summary in report.quality.items():
         print(f"  level {level}: {quality_text(summary)}")

@@ -8,16 +8,19 @@ by SSIM, and the smallest is kept. A lossless tile that is smaller wins at any q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from wsicodec.bitstream import Mode, Tile
+from wsicodec.codec.fidelity import ssim
 from wsicodec.codec.protocol import Image
+from wsicodec.codec.rate import ssim_decibels
 from wsicodec.codec.reference import REFERENCE_CODECS
 from wsicodec.errors import RuntimeMissingError
-from wsicodec.metrics import psnr, ssim
+from wsicodec.metrics import psnr
 
 EQUAL_NEIGHBOURS = 0.25
 """Share of pixels equal to their right neighbour from which a tile may be a drawing."""
@@ -35,7 +38,13 @@ SPREAD = 4.0
 QUICK = 3.0
 """Bytes of a quick lossless stream against the learned tile's above which it is no drawing."""
 
-LOSSY = {Mode.JPEGXL: "jpegxl", Mode.JPEG: "jpeg", Mode.JPEG2000: "jpeg2000"}
+_SOMETHING = 1e-9
+FIRST_QUALITY, USUAL_SLOPE, LINES = 60, 0.15, 4
+"""Where the search for another mode's quality begins, decibels that a step is usually worth, and
+trials after which it only halves what is left."""
+
+# the quick ones first: what they reach cuts the search of the last one short
+LOSSY = {Mode.JPEG: "jpeg", Mode.JPEG2000: "jpeg2000", Mode.JPEGXL: "jpegxl"}
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -88,18 +97,19 @@ def better_mode(image: Image, learned: Candidate, reasons: Sequence[str] = ()) -
     """
     best = learned
     lossless = REFERENCE_CODECS["lossless"]
+    height, width = image.shape[:2]
     try:
-        if list(reasons) == ["drawing"]:
-            quick = lossless.encode(image, quality=100, lossless=True, effort=1)
-            if len(quick) > QUICK * learned.size:
-                return best
-        data = lossless.encode(image, quality=100, lossless=True)
+        quick = lossless.encode(image, quality=100, lossless=True, effort=1)
+        # a slow one finds patterns that repeat
+        if len(quick) <= QUICK * learned.size or "restless" in reasons:
+            data = lossless.encode(image, quality=100, lossless=True)
+            exact = Candidate(Tile(Mode.LOSSLESS, height, width, data), float("inf"), 1.0)
+            if exact.size <= best.size:
+                best = exact
+        elif list(reasons) == ["drawing"]:
+            return best
     except RuntimeMissingError:
         return best
-    height, width = image.shape[:2]
-    exact = Candidate(Tile(Mode.LOSSLESS, height, width, data), float("inf"), 1.0)
-    if exact.size <= best.size:
-        best = exact
     for mode, name in LOSSY.items():
         try:
             found = _coarsest(image, mode, name, learned, best.size)
@@ -123,22 +133,51 @@ def _coarsest(
         tile = Tile(mode, height, width, data)
         return measured(tile, codec.decode(data), image)
 
-    return bisect(at, lambda c: c.psnr >= wanted.psnr and c.ssim >= wanted.ssim, limit)
+    def short(candidate: Candidate) -> float:
+        missing = wanted.psnr - candidate.psnr
+        if candidate.ssim < wanted.ssim:
+            more = ssim_decibels(wanted.ssim) - ssim_decibels(candidate.ssim)
+            missing = max(missing, more, _SOMETHING)
+        return missing
+
+    return coarsest(at, short, limit)
 
 
-def bisect(
-    at: Callable[[int], Candidate], good: Callable[[Candidate], bool], limit: int
+def coarsest(
+    at: Callable[[int], Candidate], short: Callable[[Candidate], float], limit: int
 ) -> Candidate | None:
-    """The candidate of the lowest quality 1 ... 100 that is good; None where it takes ``limit``
-    bytes or more. Quality and size rise together."""
-    low, high, found = 1, 100, None
-    while low <= high:
-        middle = (low + high) // 2
-        candidate = at(middle)
-        if good(candidate):
-            found, high = candidate, middle - 1
+    """The candidate of the lowest quality 1 ... 100 that is not short of anything; None where it
+    takes ``limit`` bytes or more.
+
+    short: decibels that a candidate lacks, 0 or less where it is good. Quality, decibels and size
+    rise together. Each step goes where the line through two trials says that nothing is missing,
+    just below rather than above: a trial there that takes too many bytes ends the search.
+    """
+    low, high, quality, found = 0, 101, FIRST_QUALITY, None
+    trials: list[tuple[int, float]] = []
+    while True:
+        candidate = at(quality)
+        missing = short(candidate)
+        if missing <= 0:
+            found, high = candidate, quality
         elif candidate.size >= limit:
             return None  # those that are good are larger still
         else:
-            low = middle + 1
-    return found if found is not None and found.size < limit else None
+            low = quality
+        if high - low == 1:
+            return found if found is not None and found.size < limit else None
+        trials.append((quality, missing))
+        quality = min(max(_crossing(trials, (low + high) // 2), low + 1), high - 1)
+
+
+def _crossing(trials: Sequence[tuple[int, float]], middle: int) -> int:
+    """Quality to try next; middle: of those left, where the trials say nothing."""
+    (quality, missing), slope = trials[-1], USUAL_SLOPE
+    if len(trials) > LINES:
+        return middle
+    if len(trials) > 1:
+        before, missing_before = trials[-2]
+        slope = (missing_before - missing) / (quality - before)
+    if not math.isfinite(missing) or not math.isfinite(slope) or slope <= 0:
+        return middle
+    return quality + math.floor(max(-100.0, min(missing / slope, 100.0)))

@@ -275,6 +275,12 @@ def _boxes(data: bytes, what: str, start: int = 0, end: int | None = None) -> It
 JXL_MAGIC = b"\xff\x0a"
 JXL_BOX_MAGIC = b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 _JXL_HEADER_BYTES = 64
+MAX_TRANSCODED_SEGMENTS = 64
+"""APPn and COM segments, and stray bytes between segments, that a transcoded JPEG may bring: each
+can unfold from nothing to 64 KiB."""
+_JXL_STREAM = (b"JXL ", b"ftyp", b"jxlc", b"jxlp", b"jxll")
+_JBRD = b"jbrd"
+_JBRD_START = 1024
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
@@ -293,6 +299,42 @@ def jpegxl_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     if not head.startswith(JXL_MAGIC):
         raise FormatError("JPEG XL container holds no codestream")
     return _jxl_header(head[2:])
+
+
+def transcoded_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG XL file that holds what turns it back into a JPEG stream.
+
+    ISO/IEC 18181-2, box ``jbrd``. The list of the JPEG's markers, at the start of that box, tells
+    how much else libjxl would unfold; other boxes (EXIF, XMP) are refused.
+    """
+    what = "transcoded JPEG"
+    if not data.startswith(JXL_BOX_MAGIC):
+        raise FormatError(f"{what} is not a JPEG XL container")
+    found = []
+    for box in _boxes(data, what):
+        if box.kind == _JBRD:
+            found.append(data[box.start : box.end])
+        elif box.kind not in _JXL_STREAM:
+            raise FormatError(f"{what} holds a box {box.kind!r}")
+    if len(found) != 1:
+        raise FormatError(f"{what} holds {len(found)} boxes of what it takes to turn it back")
+    markers = _transcoded_markers(found[0], what)
+    # APP0 ... APP15, COM, and 0xFF for bytes between segments
+    unfolding = sum(0xE0 <= marker <= 0xEF or marker >= 0xFE for marker in markers)
+    scans = markers.count(_SOS)
+    if unfolding > MAX_TRANSCODED_SEGMENTS or scans > MAX_JPEG_SCANS:
+        raise LimitError(f"{what} with {scans} scans and {unfolding} segments of other data")
+    return jpegxl_size(data, whole=True)
+
+
+def _transcoded_markers(jbrd: bytes, what: str) -> list[int]:
+    """Markers of the JPEG in their order: after a bit that tells grey, six bits for each."""
+    bits = _Bits(jbrd[:_JBRD_START], what, little=True)
+    bits.read(1)
+    markers: list[int] = []
+    while not markers or markers[-1] != _EOI:
+        markers.append(0xC0 + bits.read(6))
+    return markers
 
 
 def _jxl_header(data: bytes) -> tuple[int, int]:

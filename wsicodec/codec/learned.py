@@ -179,6 +179,10 @@ def _decode_payload(tile: Tile) -> Image:
     """Pixels of a tile whose payload is another codec's stream, of the size the tile says."""
     from wsicodec.codec.reference import REFERENCE_CODECS, decode_payload
 
+    if tile.mode is Mode.TRANSCODED:
+        from wsicodec.codec.transcoded import jpeg_of
+
+        return decode_payload("jpeg", jpeg_of(tile), tile.height, tile.width)
     name = _PAYLOAD_CODECS[tile.mode]
     if not REFERENCE_CODECS[name].check(tile.payload):
         raise FormatError(f"payload of a {tile.mode.name.lower()} tile is not a {name} stream")

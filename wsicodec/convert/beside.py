@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import threading
 from pathlib import Path
 
-from wsicodec.convert.deidentify import deidentified, neutral_history, secrets_of
-from wsicodec.convert.leaks import leaks
+from wsicodec.convert.deidentify import deidentified, leaks, neutral_history, secrets_of
 from wsicodec.convert.plan import ConvertPlan
 from wsicodec.errors import SlideError
 from wsicodec.slide.ometiff import SlideMetadata
 from wsicodec.slide.protocol import AssociatedImage, SlideInfo, SlideReader
-from wsicodec.slide.record import SourceIdentity
 
-_HASHED = 2**22  # bytes read at once
 _OVERVIEW = 2048  # side in pixels of the coarsest level that thumbnails are compared with, at most
 
 
@@ -93,39 +88,3 @@ def name_of(target: Path) -> str:
     for suffix in (".tiff", ".tif", ".zarr", ".ome"):
         name = name.removesuffix(suffix)
     return name
-
-
-class SourceDigest:
-    """SHA-256 of a slide's file, computed while other things happen."""
-
-    def __init__(self, info: SlideInfo) -> None:
-        self._info = info
-        self._sha256: str | None = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="wsicodec-digest", daemon=True)
-        self._thread.start()
-
-    def identity(self) -> SourceIdentity | None:
-        """The source's identity; None where the file could not be read to its end."""
-        self._thread.join()
-        if self._sha256 is None:
-            return None
-        info = self._info
-        return SourceIdentity(self._sha256, info.file_bytes, info.format, info.compression)
-
-    def stop(self) -> None:
-        """Nobody will ask."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        digest = hashlib.sha256()
-        try:
-            with self._info.path.open("rb") as file:
-                while part := file.read(_HASHED):
-                    if self._stopped.is_set():
-                        return
-                    digest.update(part)
-        except OSError:
-            return  # reading its tiles says why
-        self._sha256 = digest.hexdigest()

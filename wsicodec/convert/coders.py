@@ -110,7 +110,13 @@ class Processes:
         with self._lock:
             if self._stopped:
                 raise SlideError("the conversion was stopped")
-            worker = _Worker(self._start, self._mask)
+            try:
+                worker = _Worker(self._start, self._mask)
+            except OSError as error:
+                raise SlideError(
+                    f"no process to compute can be started: {error.strerror or error}; use fewer "
+                    "jobs"
+                ) from error
             self._all.append(worker)
         return worker
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wsicodec.convert.cleaning import cleaned
+from wsicodec.convert.deidentify.cleaning import cleaned
 from wsicodec.convert.ordered import in_order
 from wsicodec.convert.results import ConvertReport, Progress
 from wsicodec.convert.rewrap import (
@@ -38,8 +38,7 @@ from wsicodec.errors import (
     WsicodecError,
 )
 from wsicodec.settings import thread_budget
-from wsicodec.slide.jpegstream import ADOBE_RGB, app0_names, with_tables
-from wsicodec.slide.ometiff import jpeg_colours
+from wsicodec.slide.jpegstream import ADOBE_RGB, app0_names, jpeg_colours, with_tables
 from wsicodec.slide.pages import check_declared, named
 from wsicodec.slide.protocol import Level, SlideReader, StoredLayout
 from wsicodec.slide.tiff import TiffReader

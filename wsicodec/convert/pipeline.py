@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import wsicodec
-from wsicodec.convert.beside import Beside, SourceDigest
+from wsicodec.convert.beside import Beside
 from wsicodec.convert.blocks import Block, CodedBlock, area_of, blocks_of, pixels_in, tiles_in
 from wsicodec.convert.coders import (
     BlockCoder,
@@ -30,16 +30,18 @@ from wsicodec.convert.coders import (
     settings_as_dict,
 )
 from wsicodec.convert.ordered import as_done
-from wsicodec.convert.output import atomic_file
 from wsicodec.convert.plan import ConvertPlan, ConvertSettings, LevelPlan, is_zarr, make_plan
 from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
+from wsicodec.convert.source import SourceDigest, check_unchanged, fingerprint
+from wsicodec.convert.space import check_space
 from wsicodec.convert.tiles import TileCoder
 from wsicodec.convert.work import TARGET_PART, Work
 from wsicodec.errors import UnsupportedError, VerifyError, WsicodecError
 from wsicodec.metrics import METRIC_ARGUMENTS, TileQuality, summarise
-from wsicodec.slide.ometiff import CodedLevel, write_slide
+from wsicodec.slide.ometiff import CodedLevel, check_slide, write_slide
 from wsicodec.slide.opening import open_slide, open_tiles
 from wsicodec.slide.passport import LevelMap, Passport, mode_counts, summarise_level
+from wsicodec.slide.placing import atomic_file
 from wsicodec.slide.protocol import SlideReader
 from wsicodec.slide.record import (
     AREA_AVERAGE,
@@ -80,22 +82,26 @@ def convert(
     """
     started = time.perf_counter()
     chosen = settings or ConvertSettings()
-    with open_slide(source, chosen.cache_bytes) as slide:
+    with open_slide(source, chosen.cache_bytes, strict=not chosen.accept_damage) as slide:
         plan = make_plan(slide.info, Path(target), chosen)
-        if chosen.codec == "copy" or chosen.lossless_transcode:
+        check_space(plan)
+        if chosen.keeps_streams:
             return _keep_streams(slide, plan, progress)
         model, model_bytes = _model_of(chosen)
         # what is missing or wrong must show before the work starts
         TileCoder(chosen).try_out()
+        before = fingerprint(plan.source.path)
         beside = Beside.of(slide, plan)
+        _check_output(plan, beside)
         with (
-            Work(plan, _same_work(plan, model), keep=chosen.resume) as work,
+            Work(plan, _same_work(plan, model, before), keep=chosen.resume) as work,
             _digesting(plan) as digest,
         ):
             mask = _mask(slide, plan, work)
             downsamples = {lv.index: level_downsample(plan, lv) for lv in plan.levels}
             tile_coder = TileCoder(chosen, mask, downsamples)
             resumed = _code(slide, plan, work, tile_coder, mask, progress)
+            check_unchanged(plan.source.path, before)
             passport = Passport(tuple(work.level_map(lv.index) for lv in plan.levels), mask)
             coded_bytes = sum(int(lv.bytes.sum(dtype=np.int64)) for lv in passport.levels)
             if chosen.embed_model is None and model_bytes is not None:
@@ -131,6 +137,18 @@ def convert(
         )
 
 
+def _check_output(plan: ConvertPlan, beside: Beside) -> None:
+    """Raise for what the output cannot hold, or this machine cannot write."""
+    levels = [CodedLevel(level.height, level.width, level.tile_size, ()) for level in plan.levels]
+    if is_zarr(plan.target):
+        from wsicodec.slide import omezarr
+
+        omezarr.check_slide(levels, beside.associated)
+    else:
+        layout = plan.settings.layout
+        check_slide(levels, beside.metadata, layout=layout, associated=beside.associated)
+
+
 def _keep_streams(
     slide: SlideReader, plan: ConvertPlan, progress: Progress | None
 ) -> ConvertReport:
@@ -139,10 +157,14 @@ def _keep_streams(
     from wsicodec.convert.rewrap import PassOptions
 
     settings = plan.settings
-    if is_zarr(plan.target):
-        raise UnsupportedError("streams of a TIFF are kept in a TIFF; code pixels for OME-Zarr")
+    before = fingerprint(plan.source.path)
     beside = Beside.of(slide, plan)
     with _digesting(plan) as digest:
+
+        def identity() -> SourceIdentity | None:
+            check_unchanged(plan.source.path, before)
+            return None if digest is None else digest.identity()
+
         options = PassOptions(
             layout=settings.layout,
             overwrite=settings.overwrite,
@@ -150,7 +172,7 @@ def _keep_streams(
             metadata=beside.metadata,
             associated=beside.associated,
             history=beside.history,
-            source=None if digest is None else digest.identity,
+            source=identity,
             deidentified=settings.deidentify,
             secrets=beside.secrets,
         )
@@ -196,7 +218,7 @@ def _code(
     coder: BlockCoder = (
         Here(slide, plan.passes, tile_coder) if here else Processes(plan, mask, jobs)
     )
-    tally = _Tally(plan)
+    tally = _Tally(plan, work)
     with ThreadPoolExecutor(jobs, thread_name_prefix="wsicodec") as pool:
         try:
             for number in range(len(plan.passes)):
@@ -225,7 +247,6 @@ def _code_pass(
     def tasks() -> Iterator[Callable[[], CodedBlock]]:
         for block in blocks_of(number, passed):
             if block in work.blocks:
-                tally.take_over(block)
                 continue
             pixels = None if pieces is None else pieces.read(block)
             yield functools.partial(_code_block, plan, coder, block, pixels)
@@ -249,18 +270,15 @@ def _code_block(
 
 
 class _Tally:
-    """Counts of what is done."""
+    """Counts of what is done, by an earlier run and by this one."""
 
-    def __init__(self, plan: ConvertPlan) -> None:
+    def __init__(self, plan: ConvertPlan, work: Work) -> None:
         self._plan = plan
-        self._tiles = self._pixels = self._bytes = self.resumed = 0
-
-    def take_over(self, block: Block) -> None:
-        """Count a block of an earlier run."""
-        passed = self._plan.passes[block.number]
-        self.resumed += tiles_in(block, passed)
-        self._tiles += tiles_in(block, passed)
-        self._pixels += pixels_in(block, passed)
+        self.resumed = sum(tiles_in(block, plan.passes[block.number]) for block in work.blocks)
+        self._tiles = self.resumed
+        self._pixels = sum(pixels_in(block, plan.passes[block.number]) for block in work.blocks)
+        self._taken_over = self._pixels
+        self._bytes = sum(work.coded_bytes(level.index) for level in plan.levels)
 
     def add(self, coded: CodedBlock) -> None:
         """Count a block of this run."""
@@ -280,6 +298,7 @@ class _Tally:
             plan.pixels,
             self._bytes,
             round(plan.source.file_bytes * share) - self._bytes,
+            self._taken_over,
         )
 
 
@@ -405,13 +424,12 @@ def _model_of(settings: ConvertSettings) -> tuple[ModelId | None, bytes | None]:
     return ModelId(found.name, found.digest), content
 
 
-def _same_work(plan: ConvertPlan, model: ModelId | None) -> dict[str, Any]:
+def _same_work(plan: ConvertPlan, model: ModelId | None, source: str) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped."""
-    status = plan.source.path.stat()
     settings = settings_as_dict(plan.settings)
     return {
         "wsicodec": wsicodec.__version__,
-        "source": [status.st_size, status.st_mtime_ns],
+        "source": source,
         "settings": {k: v for k, v in settings.items() if k not in _NOT_IN_FILE},
         "model": None if model is None else model.sha256,
         "levels": [[level.height, level.width, level.source] for level in plan.levels],

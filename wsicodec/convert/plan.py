@@ -11,19 +11,25 @@ from types import MappingProxyType
 from typing import Any
 
 from wsicodec.bitstream import MAX_SIDE
+from wsicodec.choices import (
+    CONVERT_CODECS,
+    GLASS_MODES,
+    LAYOUTS,
+    MACROS,
+    MEASURES,
+    TISSUE_METHODS,
+)
 from wsicodec.codec import CODECS, DEFAULT_MODEL, DEFAULT_QUALITY, TARGETS
 from wsicodec.codec.protocol import check_quality
-from wsicodec.errors import SettingsError, SlideError
+from wsicodec.errors import SettingsError, SlideError, UnsupportedError
 from wsicodec.settings import MAX_THREADS, thread_budget
-from wsicodec.slide.ometiff import LAYOUTS, MAX_LEVELS, compression_tag
+from wsicodec.slide.ometiff import MAX_LEVELS, compression_tag
+from wsicodec.slide.omezarr import check_codec, check_replaced
 from wsicodec.slide.pages import usable
 from wsicodec.slide.protocol import SlideInfo
 
-CONVERT_CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "webp", "lossless", "copy")
-MEASURES = ("none", "sample", "all")
-GLASS_MODES = ("keep", "fill", "drop")
-TISSUE_METHODS = ("network", "otsu")
-MACROS = ("drop", "blank")
+TILE_SIZE = 256
+"""Side of the output's tiles in pixels, unless told otherwise."""
 CACHE_BYTES = 48 * 2**20
 """Decoded tiles of the source that a job keeps: blocks share only the tiles on their borders."""
 BLOCK_SIZE = 2048
@@ -31,6 +37,7 @@ BLOCK_SIZE = 2048
 SAMPLE_TILES = 64
 """Tiles of each level that ``measure="sample"`` looks at, spread evenly."""
 
+_OTHER_FILES = (".jpg", ".jpeg", ".png", ".jp2", ".jxl", ".webp", ".avif", ".ndpi", ".mrxs", ".dcm")
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -56,6 +63,8 @@ class ConvertSettings:
     into the same JPEG bytes.
     associated: keep label, macro and thumbnail. deidentify: remove what names a person, place or
     time; macro: what then becomes of the macro image, ``drop`` or ``blank`` (its label's end).
+    accept_damage: code what libjpeg makes of a JPEG tile even where its stream is damaged; without
+    it such a tile ends the conversion.
     embed_model: carry the model in the file; None does where it makes up a hundredth at most.
     layout: as in ``slide.ometiff.write_slide``.
     resume: go on where an earlier run with the same settings was stopped, and keep finished blocks
@@ -70,7 +79,7 @@ class ConvertSettings:
     model: str = DEFAULT_MODEL
     quality: int = DEFAULT_QUALITY
     options: Mapping[str, Any] = field(default_factory=lambda: _NO_OPTIONS)
-    tile_size: int = 256
+    tile_size: int = TILE_SIZE
     levels: str | int = "source"
     glass: str = "keep"
     tissue: str = TISSUE_METHODS[0]
@@ -81,6 +90,7 @@ class ConvertSettings:
     associated: bool = True
     deidentify: bool = False
     macro: str = MACROS[0]
+    accept_damage: bool = False
     embed_model: bool | None = None
     overwrite: bool = False
     resume: bool = False
@@ -116,7 +126,7 @@ class ConvertSettings:
                 raise SettingsError(f"{what} {value!r} is none of {', '.join(known)}")
         _check_number("floor_ssim", self.floor_ssim, 0, 1)
         _check_number("floor_psnr", self.floor_psnr, 0, 100)
-        if self.codec == "copy" or self.lossless_transcode:
+        if self.keeps_streams:
             self._check_kept_streams()
         if self.jobs is not None:
             _check_int("jobs", self.jobs, 1, MAX_THREADS)
@@ -129,11 +139,18 @@ class ConvertSettings:
             raise SettingsError("lossless_transcode makes JPEG XL: it needs codec jpegxl")
         if self.quality != DEFAULT_QUALITY or self.options:
             raise SettingsError(f"{name} keeps what is coded: it takes no quality and no options")
+        if self.tile_size != TILE_SIZE:
+            raise SettingsError(f"{name} keeps the source's tiles: it takes no tile size")
         if self.levels != "source" or self.glass != "keep" or self.has_floor:
             raise SettingsError(
                 f"{name} keeps the source's tiles: it goes with levels='source', glass='keep' and "
                 "no floor"
             )
+
+    @property
+    def keeps_streams(self) -> bool:
+        """True where the source's own coded tiles are kept: nothing is coded anew."""
+        return self.codec == "copy" or self.lossless_transcode
 
     @property
     def has_floor(self) -> bool:
@@ -143,7 +160,7 @@ class ConvertSettings:
     @property
     def lossless(self) -> bool:
         """True when every pixel will be kept: codec ``lossless``, or its option in another."""
-        if self.codec in ("lossless", "copy") or self.lossless_transcode:
+        if self.codec == "lossless" or self.keeps_streams:
             return True
         return self.options.get("lossless") is True
 
@@ -253,10 +270,17 @@ def make_plan(source: SlideInfo, target: Path, settings: ConvertSettings) -> Con
     """Levels and tiles of a conversion.
 
     Raises SlideError for a target that cannot be written (the source itself, a folder, in a folder
-    that is missing or not writable, an existing file without ``overwrite``), and SettingsError for
-    more levels than the slide can be halved into.
+    that is missing or not writable, an existing file without ``overwrite``, a name of another
+    format), SettingsError for more levels than the slide can be halved into and for a layout that
+    OME-Zarr has not, and UnsupportedError for a codec that an OME-Zarr cannot be written with.
     """
     check_target(source.path, target, overwrite=settings.overwrite)
+    if is_zarr(target):
+        if settings.layout != LAYOUTS[0]:
+            raise SettingsError(f"layout {settings.layout!r} is one of TIFF, not of OME-Zarr")
+        if settings.keeps_streams:
+            raise UnsupportedError("streams of a TIFF are kept in a TIFF; code pixels for OME-Zarr")
+        check_codec(settings.codec)
     size = settings.tile_size
     levels = []
     if isinstance(settings.levels, int):
@@ -335,8 +359,18 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     folder = target.parent
     if target.exists() and source.exists() and target.samefile(source):
         raise SlideError(f"{target}: is the source itself; write to another file")
-    if target.is_dir() and not is_zarr(target):
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise SlideError(f"{target}: lies in the source; write elsewhere")
+    if is_zarr(target):
+        if overwrite and target.exists():
+            check_replaced(target)
+    elif target.is_dir():
         raise SlideError(f"{target}: is a folder; name a file in it")
+    elif target.suffix.lower() in _OTHER_FILES:
+        raise SlideError(
+            f"{target}: would be a TIFF under the name of another format; end the name in "
+            ".ome.tiff or .tiff, or in .zarr for an OME-Zarr"
+        )
     if target.exists() and not overwrite:
         raise SlideError(f"{target}: exists already; pass --overwrite (overwrite=True) to replace")
     if not folder.is_dir():

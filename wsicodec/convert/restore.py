@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsicodec.convert.ordered import in_order
@@ -21,7 +21,7 @@ from wsicodec.convert.rewrap import (
     segment_shape,
     write_passing,
 )
-from wsicodec.errors import ChecksumError, FormatError, SettingsError, UnsupportedError
+from wsicodec.errors import ChecksumError, FormatError, LimitError, SettingsError, UnsupportedError
 from wsicodec.settings import thread_budget
 from wsicodec.slide.jpegstream import ADOBE_RGB, without_tables
 from wsicodec.slide.opening import open_slide
@@ -56,7 +56,7 @@ def restore(
     if threads < 1:
         raise SettingsError(f"jobs {threads} is not 1 or more")
     with open_slide(source) as reader:
-        origins = _origins(reader)
+        levels = levels_before(reader)
         assert isinstance(reader, TiffReader)
         record = reader.info.record
         options = PassOptions(layout, overwrite)
@@ -69,15 +69,16 @@ def restore(
             )
         job = Job.of(reader, target, COPY, options)
         with ThreadPoolExecutor(threads, thread_name_prefix="wsicodec") as pool:
-            work = [
-                _Restoring(reader, index, origin, pool, threads * IN_FLIGHT)
-                for index, origin in enumerate(origins)
-            ]
+            work = [_Restoring(level, pool, threads * IN_FLIGHT) for level in levels]
             return write_passing(job, work, progress)
 
 
-def _origins(reader: object) -> tuple[LevelOrigin, ...]:
-    """How the levels came to be, checked against the file's own directories."""
+def levels_before(reader: object) -> tuple[LevelBefore, ...]:
+    """The levels of a transcoded file as they were, checked against the file's own directories.
+
+    Raises UnsupportedError for a file that was not transcoded, FormatError and LimitError for a tag
+    that is broken or of another file.
+    """
     if not isinstance(reader, TiffReader):
         raise UnsupportedError("only TIFF files can be restored")
     path = reader.info.path
@@ -88,7 +89,7 @@ def _origins(reader: object) -> tuple[LevelOrigin, ...]:
         )
     try:
         origins = parse_origins(data)
-    except (FormatError, UnsupportedError) as error:
+    except (FormatError, LimitError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from error
     if len(origins) != len(reader.levels):
         raise FormatError(
@@ -106,75 +107,49 @@ def _origins(reader: object) -> tuple[LevelOrigin, ...]:
             raise FormatError(
                 f"{path}: level {level.index}: transcode tag tells of another size or other tiles"
             )
-    return origins
+    return tuple(LevelBefore(reader, index, origin) for index, origin in enumerate(origins))
 
 
-class _Restoring(PassingLevel):
-    """Segments of a level as they were before it was transcoded."""
+@dataclass(frozen=True)
+class LevelBefore:
+    """A level of a transcoded file as it was before. index: of the level; origin: of the tag."""
 
-    def __init__(
-        self,
-        reader: TiffReader,
-        index: int,
-        origin: LevelOrigin,
-        pool: ThreadPoolExecutor,
-        in_flight: int,
-    ) -> None:
-        super().__init__(origin.layout, origin.layout, len(origin.ways))
-        self._reader = reader
-        self._level = reader.levels[index]
-        self._origin = origin
-        self._pool = pool
-        self._in_flight = in_flight
-        self._where = f"{reader.info.path}: level {index}"
-        self.after = as_stream_says(self.after, self._like([Way(way) for way in origin.ways]))
+    reader: TiffReader
+    index: int
+    origin: LevelOrigin
 
-    def segments(self) -> Iterator[bytes]:
-        ways = [Way(way) for way in self._origin.ways]
-        kept = iter(self._origin.kept)
-        tasks = (
-            partial(self._restore, number, way, next(kept) if way is Way.KEPT else b"")
-            for number, way in enumerate(ways)
-        )
-        white: dict[int, bytes] = {}
-        results = in_order(self._pool, tasks, self._in_flight)
-        for number, (way, data) in enumerate(results):
-            if way is Way.LEFT_OUT:
-                row = number // self._level.columns
-                height, width = segment_shape(self.after, row)
-                if height not in white:
-                    white[height] = white_segment(self.after, height, width, self._like(ways))
-                yield self.note(way, b"", white[height])
-            else:
-                yield self.note(way, data, data)
-        if self.origin().sha256 != self._origin.sha256:
-            raise ChecksumError(
-                f"{self._where}: its tiles and tables are not those that were transcoded"
-            )
+    @functools.cached_property
+    def _kept(self) -> dict[int, bytes]:
+        numbers = (n for n, way in enumerate(self.origin.ways) if way == Way.KEPT)
+        return dict(zip(numbers, self.origin.kept, strict=True))
 
-    def _like(self, ways: list[Way]) -> bytes | None:
-        """The first segment that there is."""
-        kept = iter(self._origin.kept)
-        for number, way in enumerate(ways):
-            if way is not Way.LEFT_OUT:
-                return self._restore(number, way, next(kept) if way is Way.KEPT else b"")[1]
-        return None
+    def segment(self, number: int) -> tuple[Way, bytes]:
+        """Bytes of a segment of the original; none where that left it out.
 
-    def _restore(self, number: int, way: Way, kept: bytes) -> tuple[Way, bytes]:
-        """Bytes of a segment of the original, checked. kept: where the tag has them."""
-        row, column = divmod(number, self._level.columns)
-        where = f"{self._where}: tile at row {row}, column {column}"
+        Raises ChecksumError and FormatError naming the tile where it is not what was transcoded.
+        """
+        level, way = self.reader.levels[self.index], Way(self.origin.ways[number])
+        row, column = divmod(number, level.columns)
+        where = f"{self.reader.info.path}: level {self.index}: tile at row {row}, column {column}"
         if way is Way.LEFT_OUT:
             return way, b""
-        data = kept
-        if way is not Way.KEPT:
-            data = self._reader.tile_bytes(self._level.index, row, column)
+        if way is Way.KEPT:
+            data = self._kept[number]
+        else:
+            data = self.reader.tile_bytes(self.index, row, column)
             if way in _HEADS:
-                check_declared(data, _JPEGXL, *segment_shape(self.after, row), where)
+                check_declared(data, _JPEGXL, *segment_shape(self.origin.layout, row), where)
                 data = self._unpacked(data, way, where)
-        if zlib.crc32(data) != self._origin.checks[number]:
+        if zlib.crc32(data) != self.origin.checks[number]:
             raise ChecksumError(f"{where}: is not the tile that was transcoded")
         return way, data
+
+    def first(self) -> bytes | None:
+        """The first segment that there is."""
+        for number, way in enumerate(self.origin.ways):
+            if way != Way.LEFT_OUT:
+                return self.segment(number)[1]
+        return None
 
     def _unpacked(self, data: bytes, way: Way, where: str) -> bytes:
         """The JPEG segment in a JPEG-XL stream."""
@@ -182,8 +157,39 @@ class _Restoring(PassingLevel):
 
         try:
             whole = bytes(imagecodecs.jpegxl_decode_jpeg(data, numthreads=1))
-            return without_tables(self.after.jpegtables, whole, _HEADS[way])
+            return without_tables(self.origin.layout.jpegtables, whole, _HEADS[way])
         except (FormatError, RuntimeError, ValueError) as error:
             raise FormatError(
                 f"{where}: its JPEG-XL stream does not turn back into JPEG: {error}"
             ) from error
+
+
+class _Restoring(PassingLevel):
+    """Segments of a level as they were before it was transcoded."""
+
+    def __init__(self, level: LevelBefore, pool: ThreadPoolExecutor, in_flight: int) -> None:
+        origin = level.origin
+        super().__init__(origin.layout, origin.layout, len(origin.ways))
+        self._level = level
+        self._pool = pool
+        self._in_flight = in_flight
+        self.after = as_stream_says(self.after, level.first())
+
+    def segments(self) -> Iterator[bytes]:
+        level = self._level
+        columns = level.reader.levels[level.index].columns
+        tasks = (functools.partial(level.segment, n) for n in range(len(level.origin.ways)))
+        white: dict[int, bytes] = {}
+        for number, (way, data) in enumerate(in_order(self._pool, tasks, self._in_flight)):
+            if way is Way.LEFT_OUT:
+                height, width = segment_shape(self.after, number // columns)
+                if height not in white:
+                    white[height] = white_segment(self.after, height, width, level.first())
+                yield self.note(way, b"", white[height])
+            else:
+                yield self.note(way, data, data)
+        if self.origin().sha256 != level.origin.sha256:
+            raise ChecksumError(
+                f"{level.reader.info.path}: level {level.index}: its tiles and tables are not "
+                "those that were transcoded"
+            )

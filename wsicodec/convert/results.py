@@ -16,7 +16,8 @@ class ConvertProgress:
     """How far a conversion is.
 
     level: of the latest block. tiles_done, tiles: of all levels. pixels_done: coded. bytes_done: of
-    coded tiles. bytes_saved: against the source's bytes for as many pixels.
+    coded tiles. bytes_saved: against the source's bytes for as many pixels. pixels_resumed: of
+    those done, the ones that an earlier run did.
     """
 
     level: int
@@ -26,6 +27,7 @@ class ConvertProgress:
     pixels: int
     bytes_done: int
     bytes_saved: int
+    pixels_resumed: int = 0
 
 
 Progress = Callable[[ConvertProgress], None]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import wsicodec
+from wsicodec.choices import LAYOUTS
 from wsicodec.convert.beside import name_of
-from wsicodec.convert.cleaning import cleaned
-from wsicodec.convert.output import atomic_file
-from wsicodec.convert.plan import check_target
+from wsicodec.convert.deidentify.cleaning import cleaned
+from wsicodec.convert.plan import check_target, is_zarr
 from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
+from wsicodec.convert.work import TARGET_PART, locked_folder
 from wsicodec.errors import (
     FormatError,
     LimitError,
@@ -39,15 +40,15 @@ from wsicodec.slide.directories import (
     resolution_tags,
     subfile_tag,
 )
-from wsicodec.slide.jpegstream import app0_names, with_tables
+from wsicodec.slide.jpegstream import app0_names, jpeg_colours, with_tables
 from wsicodec.slide.ometiff import (
-    LAYOUTS,
     MAX_LEVELS,
     SlideMetadata,
     flat_description,
-    jpeg_colours,
+    is_aperio,
 )
 from wsicodec.slide.pages import named
+from wsicodec.slide.placing import atomic_file
 from wsicodec.slide.protocol import AssociatedImage, SlideInfo, StoredLayout
 from wsicodec.slide.record import (
     FROM_SOURCE,
@@ -172,6 +173,8 @@ class Job:
     ) -> Job:
         """Read what goes beside the levels. Raises as ``read_associated``, ``check_target``."""
         path = Path(target)
+        if is_zarr(path):
+            raise UnsupportedError(f"{path}: streams of a TIFF are kept in a TIFF, not in OME-Zarr")
         check_target(reader.info.path, path, overwrite=options.overwrite)
         images = options.associated
         if images is None:
@@ -193,19 +196,26 @@ def write_passing(
     info, options = job.reader.info, job.options
     if len(levels) > MAX_LEVELS:
         raise LimitError(f"{info.path}: {len(levels)} levels exceed {MAX_LEVELS}")
-    with atomic_file(job.target, overwrite=options.overwrite) as file:
+    # what is missing to describe the slide must show before its tiles are copied
+    svs = _stays_svs(job, levels)
+    description = _description(job, levels[0], svs)
+    with (
+        locked_folder(job.target) as folder,
+        atomic_file(job.target, overwrite=options.overwrite, part=folder / TARGET_PART) as file,
+    ):
         tiff = BigTiff(file)
         stored = [tiff.store(level.after, _counted(levels, level, progress)) for level in levels]
         beside = [_beside(tiff, image, job) for image in job.associated]
-        pyramid = [_with_resolution(job, directory, stored[0]) for directory in stored]
-        pyramid[0] = pyramid[0].with_tags(_first_tags(job, levels))
+        pyramid = [_with_resolution(job, directory, stored[0], svs) for directory in stored]
+        pyramid[0] = pyramid[0].with_tags(_first_tags(job, levels, description))
         places = None
         if options.layout == "subifd":
             tiff.finish([pyramid[0].with_tags((), pyramid[1:]), *beside])
         else:
-            # Aperio's order: the thumbnail follows level 0
+            # Aperio's order: the thumbnail follows level 0, label and macro the last level
             both = list(zip(job.associated, beside, strict=True))
             early = [directory for image, directory in both if image.name == "thumbnail"]
+            both.sort(key=lambda each: {"label": 0, "macro": 1}.get(each[0].name, 2))
             late = [directory for image, directory in both if image.name != "thumbnail"]
             places = [0, *range(1 + len(early), len(early) + len(pyramid))]
             tiff.finish([pyramid[0], *early, *pyramid[1:], *late])
@@ -225,12 +235,19 @@ def write_passing(
         pixels=sum(level.after.height * level.after.width for level in levels),
         associated=tuple(image.name for image in job.associated),
         dropped=tuple(name for name in info.associated if name not in names),
-        modes={
-            way.name.lower().replace("_", " "): count
-            for way in Way
-            if (count := sum(level.ways.count(way) for level in levels))
-        },
+        modes=_modes(levels),
     )
+
+
+def _modes(levels: Sequence[PassingLevel]) -> dict[str, int]:
+    """Segments by what became of them, in words."""
+    counts: dict[str, int] = {}
+    for way in Way:
+        # an Adobe segment more is the affair of the format
+        name = "transcoded" if way is Way.AS_RGB else way.name.lower().replace("_", " ")
+        if count := sum(level.ways.count(way) for level in levels):
+            counts[name] = counts.get(name, 0) + count
+    return counts
 
 
 def _metadata(info: SlideInfo, target: Path) -> SlideMetadata:
@@ -296,39 +313,58 @@ def _counted(
             )
 
 
-def _with_resolution(job: Job, directory: Directory, main: Directory) -> Directory:
+def _stays_svs(job: Job, levels: Sequence[PassingLevel]) -> bool:
+    """True for a flat file that OpenSlide and others can take for Aperio's, as its source is."""
+    return (
+        job.options.layout == "flat"
+        and is_aperio(job.metadata)
+        # they take the second directory for the thumbnail, and tiled directories for levels
+        and any(image.name == "thumbnail" for image in job.associated)
+        and all(level.after.tile is not None for level in levels)
+    )
+
+
+def _with_resolution(job: Job, directory: Directory, main: Directory, svs: bool) -> Directory:
     downsample = main.layout.width / directory.layout.width
     tags = resolution_tags(job.metadata.mpp_x, job.metadata.mpp_y, downsample)
-    return directory.with_tags(tags if directory is main else (*tags, subfile_tag(1)))
+    # readers of SVS take reduced images for label and macro
+    plain = svs or directory is main
+    return directory.with_tags(tags if plain else (*tags, subfile_tag(1)))
 
 
-def _first_tags(job: Job, levels: Sequence[PassingLevel]) -> list[Tag]:
+def _description(job: Job, main: PassingLevel, svs: bool) -> bytes:
+    """ImageDescription of level 0."""
     metadata = job.metadata
-    software = f"wsicodec {wsicodec.__version__}"
-    main = levels[0].after
+    if svs:
+        return (metadata.description or "").encode()
     if job.options.layout == "flat":
-        text = flat_description(metadata, software)
-        # OME-XML, Leica's and Philips' formats are known by how a description ends
-        description = (text + "|" if text.rstrip().endswith(">") else text).encode()
-    else:
-        slide = omexml.OmeImage(
-            name=metadata.name,
-            size_x=main.width,
-            size_y=main.height,
-            mpp_x=metadata.mpp_x,
-            mpp_y=metadata.mpp_y,
-            magnification=metadata.magnification,
-            description=metadata.description,
-            acquisition_date=metadata.acquisition_date,
-        )
-        others = [
-            omexml.OmeImage(image.name, image.pixels.shape[1], image.pixels.shape[0])
-            for image in job.associated
-        ]
-        description = omexml.build([slide, *others], creator=software)
+        return flat_description(metadata, _software()).encode()
+    slide = omexml.OmeImage(
+        name=metadata.name,
+        size_x=main.after.width,
+        size_y=main.after.height,
+        mpp_x=metadata.mpp_x,
+        mpp_y=metadata.mpp_y,
+        magnification=metadata.magnification,
+        description=metadata.description,
+        acquisition_date=metadata.acquisition_date,
+    )
+    others = [
+        omexml.OmeImage(image.name, image.pixels.shape[1], image.pixels.shape[0])
+        for image in job.associated
+    ]
+    return omexml.build([slide, *others], creator=_software())
+
+
+def _software() -> str:
+    return f"wsicodec {wsicodec.__version__}"
+
+
+def _first_tags(job: Job, levels: Sequence[PassingLevel], description: bytes) -> list[Tag]:
+    metadata = job.metadata
     tags = [
         ascii_tag(_DESCRIPTION, description),
-        ascii_tag(_SOFTWARE, software),
+        ascii_tag(_SOFTWARE, _software()),
         ascii_tag(TAG_RECORD, _record(job, levels).to_json()),
     ]
     if metadata.icc_profile:
@@ -379,7 +415,7 @@ def _beside(tiff: BigTiff, image: AssociatedImage, job: Job) -> Directory:
         main = job.reader.levels[0]
         line = f"{main.width}x{main.height} -> {layout.width}x{layout.height} - {name}"
     kind = {"thumbnail": 0, "macro": 9}.get(name, 1)
-    text = f"wsicodec {wsicodec.__version__}\r\n{line}"
+    text = f"{_software()}\r\n{line}"
     return directory.with_tags((ascii_tag(_DESCRIPTION, text), subfile_tag(kind)))
 
 
@@ -454,7 +490,7 @@ def _check_written(
             raise VerifyError(f"{job.target}: level {index} does not read back as it was written")
     file.seek(0, io.SEEK_END)
     if job.options.secrets:
-        from wsicodec.convert.leaks import leaks
+        from wsicodec.convert.deidentify import leaks
 
         if found := leaks(file.name, job.options.secrets):
             raise SlideError(

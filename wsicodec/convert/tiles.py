@@ -85,10 +85,10 @@ class TileCoder:
             height, width = pixels.shape[:2]
             scale = self.downsamples[level.index]
             if self.mask.all_glass(scale, y, x, height, width):
+                data = self.glass_tile
                 if self.settings.glass == "drop":
                     nan = math.nan
                     return CodedTile(level.index, row, column, None, GLASS, 0, nan, nan)
-                data = self.glass_tile
                 trial = _measured(data, 0, np.full_like(pixels, self.mask.background))
                 mode, _ = _mode_of(data)
                 return CodedTile(level.index, row, column, data, mode, 0, trial.psnr, trial.ssim)
@@ -118,14 +118,19 @@ class TileCoder:
     def glass_tile(self) -> bytes:
         """The stream of tiles that are glass from edge to edge: the same for all.
 
-        Without loss where the codec has that: codecs that aim at a PSNR would be far off.
+        Without loss where the codec has that: codecs that aim at a PSNR would be far off. Raises
+        SlideError where it misses the floor.
         """
         assert self.mask is not None
         size = self.settings.tile_size
         flat = np.empty((size, size, 3), np.uint8)
         flat[:] = self.mask.background
-        exact = self._exact(flat, flat)
-        return self._encode(flat, 100) if exact is None else exact.data
+        found = self._exact(flat, flat)
+        if found is None:
+            found = _measured(self._encode(flat, 100), 100, flat)
+        if not self._good(found):
+            raise self._out_of_reach()
+        return found.data
 
     def _coded(self, image: Image, original: Image, measure: bool) -> _Trial:
         settings = self.settings
@@ -166,19 +171,17 @@ class TileCoder:
         if found is None:
             found = self._exact(image, original)
         if found is None or not self._good(found):
-            wanted = [
-                f"{name} {value:g}"
-                for name, value in (
-                    ("SSIM", self.settings.floor_ssim),
-                    ("PSNR", self.settings.floor_psnr),
-                )
-                if value is not None
-            ]
-            raise SlideError(
-                f"{self.settings.codec} does not reach the floor of {' and '.join(wanted)} at any "
-                "quality; use learned, jpegxl or lossless"
-            )
+            raise self._out_of_reach()
         return found
+
+    def _out_of_reach(self) -> SlideError:
+        settings = self.settings
+        floors = (("SSIM", settings.floor_ssim), ("PSNR", settings.floor_psnr))
+        wanted = [f"{name} {value:g}" for name, value in floors if value is not None]
+        return SlideError(
+            f"{settings.codec} does not reach the floor of {' and '.join(wanted)} at any quality; "
+            "use learned, jpegxl or lossless"
+        )
 
     def _aimed(self, image: Image, original: Image, first: _Trial) -> _Trial | None:
         """The learned codec's own search for what is missing, three encodes at most; None where the

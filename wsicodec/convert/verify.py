@@ -1,15 +1,19 @@
 """Checks that a written file holds what it promises, tile by tile.
 
-wsicodec tiles carry a checksum. Standard codecs do not: of them this can say only that each tile is
-there, ends where its format ends, and decodes to its size, to the same pixels by itself as through
-the tags of the file. Changed bytes that still make a stream of the same size may go unnoticed.
+wsicodec tiles carry a checksum, and of tiles that were transcoded the file keeps one. Standard
+codecs have none: of them this can say only that each tile is
+there, has the length that the passport tells, ends where its format ends, and decodes to its size,
+to the same pixels by itself as through the tags of the file. Changed bytes that still make a stream
+of the same size may go unnoticed, and so may changes of metadata that nothing checks, like a colour
+profile.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +25,23 @@ import numpy.typing as npt
 import wsicodec
 from wsicodec.convert.against import check_source, source_region
 from wsicodec.convert.ordered import in_order
+from wsicodec.convert.restore import LevelBefore, levels_before
+from wsicodec.convert.rewrap import TRANSCODE_OPTION
 from wsicodec.errors import (
     FormatError,
     ModelError,
     RuntimeMissingError,
+    SettingsError,
     SlideError,
     UnknownModelError,
+    UnsupportedError,
     VerifyError,
     WsicodecError,
 )
 from wsicodec.metrics import METRIC_ARGUMENTS, QualitySummary, TileQuality, psnr, ssim, summarise
 from wsicodec.settings import thread_budget
 from wsicodec.slide.opening import open_slide, open_tiles
-from wsicodec.slide.passport import parse_passport
+from wsicodec.slide.passport import Passport, parse_passport
 from wsicodec.slide.protocol import Level, SlideReader
 from wsicodec.slide.record import FileRecord
 from wsicodec.slide.tiff import TiffReader
@@ -71,6 +79,7 @@ class VerifyReport:
     """What a check found.
 
     tiles: checked, over all levels. failed: tiles with a fault; failures lists the first of them.
+    faults: what is wrong beside the tiles: passport, model, images of the slide.
     quality: per compared level, fidelity of its tiles to the source; empty without a source.
     not_compared: levels that the source has nothing to compare with, or that average too much.
     """
@@ -83,14 +92,17 @@ class VerifyReport:
     quality: dict[int, QualitySummary]
     overall: QualitySummary | None
     not_compared: tuple[int, ...]
+    faults: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when every tile is as it should be."""
-        return not self.failed
+        """True when everything is as it should be."""
+        return not self.failed and not self.faults
 
     def raise_if_failed(self) -> None:
         """Raise VerifyError naming the first fault, if there is one."""
+        if self.faults:
+            raise VerifyError(self.faults[0])
         if self.failed:
             raise VerifyError(f"{self.failed} of {self.tiles} tiles: {self.failures[0].reason}")
 
@@ -106,6 +118,7 @@ class VerifyReport:
             "quality": {str(level): summary.as_dict() for level, summary in self.quality.items()},
             "overall": None if self.overall is None else self.overall.as_dict(),
             "not_compared": list(self.not_compared),
+            "faults": list(self.faults),
             "metrics": METRIC_ARGUMENTS,
         }
 
@@ -117,16 +130,27 @@ def verify(
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check every tile of a file: bytes, checksum where there is one, model, size, decoding.
+    """Check every tile of a file: bytes, checksum where there is one, model, size, decoding; and
+    what is beside them: passport, the model that is carried, images of the slide.
 
     against: a slide whose levels of the same size are compared tile by tile (PSNR, SSIM).
     progress: called with (tiles done, tiles) in the calling thread.
 
-    Faults of tiles are in the report. Raises SlideError or UnsupportedError where a file cannot be
+    Faults are in the report. Raises SlideError or UnsupportedError where a file cannot be
     opened, VerifyError where ``against`` is of another size, so not the source, and
     UnknownModelError, ModelError or RuntimeMissingError where this machine cannot decode at all.
     """
     workers = thread_budget() if jobs is None else jobs
+    if workers < 1:
+        raise SettingsError(f"jobs {workers} is not 1 or more")
+    try:
+        import imagecodecs  # noqa: F401
+    except ImportError as error:
+        # or its absence would look like damage of every tile
+        raise RuntimeMissingError(
+            f"tiles are decoded with imagecodecs, which cannot be imported ({error}): "
+            "pip install imagecodecs"
+        ) from error
     with open_tiles(path) as slide:
         if against is None:
             return _verify(slide, None, workers, progress)
@@ -141,7 +165,11 @@ def _verify(
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> VerifyReport:
-    checker = _Checker(slide, source)
+    passport, faults = _passport(slide)
+    faults += _faults_beside(slide)
+    before, more = _before_transcoding(slide)
+    faults += more
+    checker = _Checker(slide, source, passport, before)
     total = sum(level.rows * level.columns for level in slide.levels)
     tasks = (
         functools.partial(checker.check, level, row, column)
@@ -172,7 +200,52 @@ def _verify(
         quality={level: summary for level, summary in quality.items() if summary is not None},
         overall=summarise([tile for measured in tiles.values() for tile in measured]),
         not_compared=tuple(sorted(checker.not_compared)),
+        faults=tuple(faults),
     )
+
+
+def _passport(slide: TiffReader | ZarrReader) -> tuple[Passport | None, list[str]]:
+    """The passport, None without one that can be believed, and what is wrong with it."""
+    data = slide.embedded_passport()
+    if data is None:
+        return None, []
+    try:
+        passport = parse_passport(data)
+        passport.check_grids([(level.rows, level.columns) for level in slide.levels])
+    except WsicodecError as error:
+        return None, [f"{slide.path}: {error}"]
+    return passport, []
+
+
+def _before_transcoding(
+    slide: TiffReader | ZarrReader,
+) -> tuple[Sequence[LevelBefore], list[str]]:
+    """The levels of a transcoded file as they were, none of another; what is wrong with its tag."""
+    record = slide.info.record
+    if record is None or TRANSCODE_OPTION not in record.options:
+        return (), []
+    try:
+        return levels_before(slide), []
+    except WsicodecError as error:
+        return (), [str(error)]
+
+
+def _faults_beside(slide: TiffReader | ZarrReader) -> list[str]:
+    """What is wrong with the model that the file carries, and with the images beside its levels."""
+    faults = []
+    record, model = slide.info.record, slide.embedded_model()
+    if record is not None and model is not None:
+        digest = hashlib.sha256(model).hexdigest()
+        if digest not in [named.sha256 for named in record.models]:
+            faults.append(f"{slide.path}: carries a model {digest[:8]} that it does not name")
+    for name in slide.info.associated:
+        try:
+            slide.read_associated(name)
+        except UnsupportedError:
+            continue  # of a kind that is not read here: says nothing of the file
+        except WsicodecError as error:
+            faults.append(str(error))
+    return faults
 
 
 _Outcome = TileFailure | TileQuality | None
@@ -181,14 +254,18 @@ _Outcome = TileFailure | TileQuality | None
 class _Checker:
     """Checks single tiles of a file. not_compared: levels, so far."""
 
-    def __init__(self, slide: TiffReader | ZarrReader, source: SlideReader | None) -> None:
+    def __init__(
+        self,
+        slide: TiffReader | ZarrReader,
+        source: SlideReader | None,
+        passport: Passport | None,
+        before: Sequence[LevelBefore],
+    ) -> None:
+        self._before = before
         self._slide = slide
         self._source = source
-        record = slide.info.record
-        self._mask = None
-        if source is not None and record is not None and record.glass is not None:
-            passport = slide.embedded_passport()
-            self._mask = None if passport is None else parse_passport(passport).mask
+        self._passport = passport
+        self._mask = None if passport is None else passport.mask
         # levels that the source has nothing to compare with, or too much
         self.not_compared: set[int] = set()
 
@@ -198,6 +275,9 @@ class _Checker:
             pixels = slide.decode_tile(level.index, row, column)
             if slide.info.record is not None:
                 data = slide.tile_bytes(level.index, row, column)
+                self._check_length(data, level, row, column)
+                if self._before:
+                    self._before[level.index].segment(row * level.columns + column)
                 _check_stream(data, slide.info.record, level, pixels)
         except (UnknownModelError, ModelError, RuntimeMissingError):
             raise  # says nothing of the tile: this machine cannot decode any of its kind
@@ -221,6 +301,14 @@ class _Checker:
             original[self._mask.glass(level.downsample, *place)] = self._mask.background
         return TileQuality(level.index, y, x, psnr(original, pixels), ssim(original, pixels))
 
+    def _check_length(self, data: bytes, level: Level, row: int, column: int) -> None:
+        if self._passport is None:
+            return
+        length = int(self._passport.levels[level.index].bytes[row, column])
+        # tiles that share the level's glass have none in the passport
+        if length and length != len(data):
+            raise FormatError(f"tile has {len(data)} bytes, the passport says {length}")
+
 
 def _check_stream(data: bytes, record: FileRecord, level: Level, pixels: Image) -> None:
     """What reading alone would not notice: a tile of another size, codec or model, or cut short.
@@ -229,7 +317,7 @@ def _check_stream(data: bytes, record: FileRecord, level: Level, pixels: Image) 
     """
     if not data:
         raise SlideError("tile has no bytes")
-    if record.codec == "copy" or "lossless_transcode" in record.options:
+    if record.codec == "copy" or TRANSCODE_OPTION in record.options:
         return  # streams of whoever wrote the source, which may need the tables of the file
     info = wsicodec.probe(data)
     if (info.height, info.width) != (level.tile_height, level.tile_width):

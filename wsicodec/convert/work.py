@@ -26,20 +26,23 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import Mode
 from wsicodec.convert.blocks import Block, CodedBlock
-from wsicodec.convert.output import refused
-from wsicodec.convert.plan import ConvertPlan
+from wsicodec.convert.plan import ConvertPlan, LevelPlan
 from wsicodec.convert.tiles import GLASS
 from wsicodec.errors import SlideError
 from wsicodec.slide.passport import LevelMap
+from wsicodec.slide.placing import refused
 
 Image = npt.NDArray[np.uint8]
 
+BLOCKS = "blocks.bin"
+"""Finished blocks, one after the other."""
 TARGET_PART = "target.part"
 """The target while it is being written."""
 _RECORD = struct.Struct("<4sIIIIII")  # magic, pass, row, column, tiles, bytes, CRC of what follows
 _TILE = struct.Struct("<IIIBBddI")  # level, row, column, mode, quality, PSNR, SSIM, bytes
 _PIECE = struct.Struct("<II")  # rows, columns
 _MAGIC = b"WSCB"
+_LOCK_TRIALS = 100  # each fails only where another process ends at that very moment
 
 
 @dataclass
@@ -52,6 +55,19 @@ class _Level:
     quality: npt.NDArray[np.uint8]
     psnr: npt.NDArray[np.float64]
     ssim: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, level: LevelPlan) -> _Level:
+        """Of a level without tiles."""
+        shape = level.rows, level.columns
+        return cls(
+            np.full(shape, -1, np.int64),
+            np.zeros(shape, np.uint32),
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.uint8),
+            np.full(shape, np.nan),
+            np.full(shape, np.nan),
+        )
 
 
 class Work:
@@ -71,31 +87,19 @@ class Work:
         self.folder = work_folder(plan.target)
         self.blocks: set[Block] = set()
         self._pieces: dict[Block, tuple[int, int, int]] = {}
-        self._levels = [
-            _Level(
-                np.full((level.rows, level.columns), -1, np.int64),
-                np.zeros((level.rows, level.columns), np.uint32),
-                np.zeros((level.rows, level.columns), np.uint8),
-                np.zeros((level.rows, level.columns), np.uint8),
-                np.full((level.rows, level.columns), np.nan),
-                np.full((level.rows, level.columns), np.nan),
-            )
-            for level in plan.levels
-        ]
+        self._levels = [_Level.of(level) for level in plan.levels]
         self._file: IO[bytes] | None = None
         self._lock: IO[bytes] | None = None
         self._end = 0
 
     def __enter__(self) -> Work:
         try:
-            self.folder.mkdir(exist_ok=True)
-            self._lock = _locked(self.folder / "lock")
-            if self._lock is None:
-                raise SlideError(f"{self._plan.target}: is being written by another process")
+            self._lock = _locked(self._plan.target)
             try:
                 self._open()
-            except BaseException:
-                self.__exit__(None, None, None)
+            except BaseException as error:
+                # an interrupt while finished blocks are looked through must not lose them
+                self.__exit__(type(error), error, None)
                 raise
         except OSError as error:
             if isinstance(error, SlideError):
@@ -113,18 +117,17 @@ class Work:
             # closing flushes, which fails again on a full disk
             with contextlib.suppress(OSError):
                 self._file.close()
-        if not (self._keep and kind is not None):
-            _remove(self.folder)
         if self._lock is not None:
-            self._lock.close()
+            _unlocked(self.folder, self._lock, keep=self._keep and kind is not None)
 
     def _open(self) -> None:
-        plan_path, path = self.folder / "plan.json", self.folder / "blocks.bin"
+        plan_path, path = self.folder / "plan.json", self.folder / BLOCKS
         same = False
-        with contextlib.suppress(OSError, ValueError):
+        # other refusals end the run: a disk that is away for a moment must not cost finished blocks
+        with contextlib.suppress(FileNotFoundError, ValueError):
             same = json.loads(plan_path.read_text("utf-8")) == self._identity
         if not (self._keep and same):
-            for name in ("plan.json", "blocks.bin", "mask.bin"):
+            for name in ("plan.json", BLOCKS, "mask.bin"):
                 (self.folder / name).unlink(missing_ok=True)
             # written last of the three and by a rename: with it, the rest belongs to it
             part = self.folder / "plan.part"
@@ -219,20 +222,43 @@ class Work:
         self._take(block, len(coded.tiles), body, self._end + _RECORD.size)
         self._end += _RECORD.size + len(body)
 
+    def coded_bytes(self, level: int) -> int:
+        """Bytes of the level's tiles so far."""
+        return int(self._levels[level].size.sum(dtype=np.int64))
+
     def mask(self) -> bytes | None:
         """The packed mask of an earlier run, None without one."""
         with contextlib.suppress(OSError):
-            return (self.folder / "mask.bin").read_bytes()
+            data = (self.folder / "mask.bin").read_bytes()
+            if data[:4] == zlib.crc32(data[4:]).to_bytes(4, "little"):
+                return data[4:]
         return None
 
     def keep_mask(self, packed: bytes) -> None:
-        """Keep the packed mask: a resumed run must not find another."""
+        """Keep the packed mask: a resumed run must not find another.
+
+        Blocks are forgotten: they were coded by one that is gone.
+        """
+        self._forget()
         part = self.folder / "mask.part"
         try:
-            part.write_bytes(packed)
+            with part.open("wb") as file:
+                file.write(zlib.crc32(packed).to_bytes(4, "little") + packed)
+                file.flush()
+                os.fsync(file.fileno())
             part.replace(self.folder / "mask.bin")
         except OSError as error:
             raise refused(self._plan.target, error) from error
+
+    def _forget(self) -> None:
+        """Begin without finished blocks."""
+        assert self._file is not None
+        self.blocks.clear()
+        self._pieces.clear()
+        self._levels = [_Level.of(level) for level in self._plan.levels]
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._end = 0
 
     def tiles(self, level: int) -> Iterator[bytes | None]:
         """Coded tiles of a level, rows from the top; None for those that are glass."""
@@ -290,27 +316,71 @@ def work_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.wsicodec")
 
 
-def _locked(path: Path) -> IO[bytes] | None:
-    """The open file with a lock that ends with the process, None where another one has it."""
-    file = path.open("ab")
+@contextlib.contextmanager
+def locked_folder(target: Path) -> Iterator[Path]:
+    """The work folder of a target, of which nothing stays: for work that is done in one go.
+
+    What a process that was killed left there is removed with it. Raises as ``Work``.
+    """
     try:
-        import fcntl
-    except ImportError:  # no such locks here: two runs at once are for the user to avoid
-        return file
+        lock = _locked(target)
+    except OSError as error:
+        if isinstance(error, SlideError):
+            raise
+        raise refused(target, error) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        # network file systems without locks
-        return file
-    return file
+        yield work_folder(target)
+    finally:
+        _unlocked(work_folder(target), lock, keep=False)
+
+
+def _locked(target: Path) -> IO[bytes]:
+    """An open file in the work folder, which is made, with a lock that ends with the process.
+
+    Raises SlideError where another process has it.
+    """
+    folder = work_folder(target)
+    path = folder / "lock"
+    for _ in range(_LOCK_TRIALS):
+        folder.mkdir(exist_ok=True)
+        try:
+            file = path.open("ab")
+        except FileNotFoundError:
+            continue  # another process has just removed the folder
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise
+        try:
+            import fcntl
+        except ImportError:  # no such locks here: two runs at once are for the user to avoid
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise SlideError(f"{target}: is being written by another process") from None
+        except OSError:
+            # network file systems without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # was removed with its folder before it was locked
+    raise SlideError(f"{target}: {path} cannot be locked")
+
+
+def _unlocked(folder: Path, lock: IO[bytes], *, keep: bool) -> None:
+    if not keep:
+        _remove(folder)
+    lock.close()
+    if not keep and os.name == "nt":
+        _remove(folder)  # Windows removes no open file
 
 
 def _remove(folder: Path) -> None:
     """Remove the folder and what a conversion puts there, nothing else."""
-    names = ("blocks.bin", "mask.bin", "mask.part", "plan.json", "plan.part", TARGET_PART, "lock")
+    names = (BLOCKS, "mask.bin", "mask.part", "plan.json", "plan.part", TARGET_PART, "lock")
     with contextlib.suppress(OSError):
         for name in names:
             if (folder / name).is_dir():

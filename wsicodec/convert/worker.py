@@ -29,7 +29,9 @@ def main() -> int:
         return 0
     message, mask = first
     try:
-        with open_slide(message["path"], message["settings"]["cache_bytes"]) as slide:
+        settings = message["settings"]
+        strict = not settings["accept_damage"]
+        with open_slide(message["path"], settings["cache_bytes"], strict=strict) as slide:
             coder = coder_of(message, mask, slide)
             for answer, data in answers(coder, _messages(source)):
                 send(output, answer, data)

@@ -30,6 +30,7 @@ _SOURCES = (
     "models/fused.py",
     "models/networks.py",
     "models/vnni.py",
+    "slide/jpegscan.py",
 )
 
 

@@ -96,13 +96,13 @@ def _bars(base: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], top: int) 
 
 
 def _axis_y(top: int) -> str:
-    step = max(1, int(nice_step(top / 3)))
-    lines = []
+    step = max(1, int(nice_step(top / 4)))
+    lines = [f'<text class="axis" x="{_LEFT - 6}" y="13" text-anchor="end">tiles</text>']
     for count in range(0, top + 1, step):
         y = _y(count, top)
         lines.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{count}</text>'
+            f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{count:,}</text>'
         )
     return "".join(lines)
 

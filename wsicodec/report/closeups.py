@@ -38,7 +38,8 @@ def closeup_section(findings: Findings, picture_bytes: int) -> str:
     title = f"The {count} worst tiles" if count > 1 else "The worst tile"
     return (
         f'<section><h2>{title}</h2><p class="lead">{lead}</p>'
-        f'<div class="worst">{tiles}</div></section>'
+        f'<div class="{"worst alone" if findings.source is None else "worst"}">{tiles}</div>'
+        "</section>"
     )
 
 

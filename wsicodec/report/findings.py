@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from wsicodec.convert.against import check_source, source_region
 from wsicodec.errors import (
+    LimitError,
     ModelError,
     RuntimeMissingError,
     SettingsError,
     UnknownModelError,
+    UnsupportedError,
 )
 from wsicodec.report.figures import (
     LevelFigures,
@@ -30,7 +32,7 @@ from wsicodec.report.figures import (
 from wsicodec.report.measure import TileReader, measure
 from wsicodec.report.stored import find_passport, stored_bytes
 from wsicodec.slide.opening import open_slide
-from wsicodec.slide.passport import Passport
+from wsicodec.slide.passport import MAX_TILES, Passport
 from wsicodec.slide.protocol import Image, SlideInfo, SlideReader
 from wsicodec.slide.record import LevelQuality
 from wsicodec.tissue.mask import TissueMask
@@ -152,8 +154,9 @@ def collect(
     Memory is bounded by the number of tiles and the readers' caches.
 
     Raises SettingsError for ``measure_anew`` without ``against``, SlideError or UnsupportedError
-    where a file cannot be opened, VerifyError where ``against`` has another size. A file that this
-    machine cannot decode, for want of its model or runtime, is reported without pictures.
+    where a file cannot be opened, VerifyError where ``against`` has another size, UnsupportedError
+    or LimitError where ``measure_anew`` cannot be done. A file that this machine cannot decode, for
+    want of its model or runtime, is reported without pictures.
     """
     if measure_anew and against is None:
         raise SettingsError("measuring needs the source: give --against SOURCE with --measure")
@@ -165,6 +168,10 @@ def collect(
         passport, problem = find_passport(slide)
         stored = stored_bytes(slide.info)
         basis = None if passport is None else STORED
+        if measure_anew and not isinstance(slide, TileReader):
+            raise UnsupportedError(
+                f"{path}: cannot be measured: only TIFF and OME-Zarr hand out their tiles"
+            )
         if isinstance(slide, TileReader) and (measure_anew or passport is None):
             fresh = measure(
                 slide,
@@ -173,6 +180,8 @@ def collect(
                 jobs=jobs,
                 progress=progress,
             )
+            if fresh is None and measure_anew:
+                raise LimitError(f"{path}: cannot be measured: it has more than {MAX_TILES} tiles")
             if fresh is not None:
                 mask = None if passport is None else passport.mask
                 passport = Passport(fresh.levels, mask)

@@ -49,6 +49,7 @@ MODE_COLOURS: dict[int, tuple[int, int, int]] = {
     Mode.JPEG: (240, 228, 66),
     Mode.JPEG2000: (204, 121, 167),
     Mode.LOSSLESS: (213, 94, 0),
+    Mode.TRANSCODED: (0, 158, 115),
     PLAIN_STREAM: (86, 180, 233),
 }
 
@@ -128,16 +129,16 @@ def mode_map(mode: npt.NDArray[np.uint8], lengths: npt.NDArray[np.uint32], facto
 
 
 def _pooled(values: Values, factor: int, *, largest: bool) -> Values:
-    """The largest or smallest known value of each block of tiles."""
+    """The largest or smallest known value of each block of tiles; NaN where none is known."""
     if factor == 1:
         return values
     rows, columns = (-(-side // factor) for side in values.shape)
-    worst = -np.inf if largest else np.inf
-    padded = np.full((rows * factor, columns * factor), worst, np.float64)
-    padded[: values.shape[0], : values.shape[1]] = np.where(np.isnan(values), worst, values)
+    padded = np.full((rows * factor, columns * factor), np.nan, np.float64)
+    padded[: values.shape[0], : values.shape[1]] = values
     blocks = padded.reshape(rows, factor, columns, factor)
-    pooled = blocks.max((1, 3)) if largest else blocks.min((1, 3))
-    return np.where(pooled == worst, np.nan, pooled)
+    # fmax and fmin pass over NaN; infinity, the PSNR of equal tiles, is a value
+    pool = np.fmax if largest else np.fmin
+    return np.asarray(pool.reduce(pool.reduce(blocks, axis=3), axis=1))
 
 
 @dataclass(frozen=True)

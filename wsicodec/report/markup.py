@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wsicodec.bitstream import Mode
+from wsicodec.printing import MAX_SHOWN, printable
 from wsicodec.report import maps
-from wsicodec.report.text import MAX_SHOWN, printable
 from wsicodec.slide.passport import PLAIN_STREAM
 
 MAX_LISTED = 24
@@ -22,6 +22,7 @@ MODE_NAMES = {
     Mode.JPEG: "JPEG",
     Mode.JPEG2000: "JPEG 2000",
     Mode.LOSSLESS: "lossless",
+    Mode.TRANSCODED: "JPEG packed as JPEG XL",
     PLAIN_STREAM: "stream of the file's codec",
 }
 

@@ -143,10 +143,12 @@ def _problem(findings: Findings) -> str:
     if findings.basis == MEASURED:
         text = "The figures below were measured just now against the source."
     else:
-        text = (
-            "This page shows what the file itself tells. <code>wsicodec report FILE --html OUT "
-            "--against SOURCE --measure</code> measures every tile against the source."
-        )
+        text = "This page shows what the file itself tells."
+        if findings.basis == LENGTHS:
+            text += (
+                " <code>wsicodec report FILE --html OUT --against SOURCE --measure</code> measures "
+                "every tile against the source."
+            )
     problem = findings.problem or "the file has no quality passport"
     return _box("note", escaped(problem[0].upper() + problem[1:]) + ".", text)
 

@@ -34,7 +34,7 @@ def stored_bytes(info: SlideInfo) -> tuple[int, ...] | None:
 def stored_lengths(info: SlideInfo) -> tuple[npt.NDArray[np.uint32] | None, ...]:
     """Per level, the length of each tile's stream as uint32 (rows, columns).
 
-    0 where a tile shares its stream with an earlier one; None where segments are no grid of tiles.
+    0 where a tile shares its stream with another; None where segments are no grid of tiles.
     """
     pages = _directories(info)
     if pages is None:

@@ -74,6 +74,7 @@ th:first-child,td:first-child{text-align:left}
 th.group{text-align:center;border-bottom:0}
 td.bad-cell{color:var(--bad);font-weight:700}
 .worst{display:grid;gap:16px;margin-top:14px}
+.worst.alone{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}
 .tile{border:1px solid var(--line);border-radius:8px;padding:14px;background:var(--card);
 display:grid;grid-template-columns:190px 1fr;gap:16px;break-inside:avoid}
 .tile dl{display:grid;grid-template-columns:auto 1fr;gap:1px 10px;margin:8px 0 0;font-size:13.5px;
@@ -102,9 +103,11 @@ border-top:1px solid var(--line)}
 --card:#fff;--accent:#000;--tissue:#0b6fb8;--glass:#9fb0c3;--good:#0a6b3d;--good-bg:#fff;
 --bad:#a3003f;--bad-bg:#fff;--note:#6b4e00;--note-bg:#fff;--floor:#c2004f}
 body{font-size:11pt}main,header,footer{max-width:none;padding:0}header{padding-top:0}
-h2,.lead{break-after:avoid}.charts{break-inside:avoid}.scroll{overflow:visible}
+h2,.lead{break-after:avoid}.lead{break-inside:avoid}.charts{break-inside:avoid}.scroll{overflow:visible}
 table{font-size:8.5pt}th,td{padding:3px 4px}details:not([open]){display:none}
 figure,.cards li,tr{break-inside:avoid}.slide img,.bar{
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.maps{grid-template-columns:repeat(2,1fr)}.charts{grid-template-columns:repeat(3,1fr)}}
+.maps,.charts{grid-template-columns:repeat(3,1fr)}.worst.alone{grid-template-columns:1fr 1fr}
+.worst.alone .tile{grid-template-columns:155px 1fr;padding:10px;gap:10px}
+.worst.alone dl{font-size:11px}}
 """

@@ -7,7 +7,6 @@ import numpy as np
 from wsicodec.report import charts
 from wsicodec.report.figures import LevelFigures, tissue_grid
 from wsicodec.report.findings import Findings
-from wsicodec.report.markup import plural
 from wsicodec.report.text import count_text, psnr_text, size_text, ssim_text
 from wsicodec.report.where import bpp_grid
 
@@ -21,6 +20,7 @@ def distribution_section(findings: Findings) -> str:
     mask = findings.passport.mask
     tissue = None if mask is None else tissue_grid(mask, level)
     quality = findings.overall
+    bits = bpp_grid(level, found)
     drawn = []
     for title, unit, values, limit, mean in (
         (
@@ -37,7 +37,7 @@ def distribution_section(findings: Findings) -> str:
             None if floor is None else floor.psnr,
             None if quality is None or quality.psnr_mean >= 100 else quality.psnr_mean,
         ),
-        ("Bits per pixel", "", bpp_grid(level, found), None, None),
+        ("Bits per pixel", "", bits, None, None),
     ):
         marks = []
         if limit is not None:
@@ -57,22 +57,24 @@ def distribution_section(findings: Findings) -> str:
     keys = ""
     if tissue is not None:
         count = int(tissue.sum())
+        drawn_glass = any(np.isfinite(values[~tissue]).any() for values in (found.ssim, bits))
+        undrawn = "" if drawn_glass or tissue.all() else ", not measured"
         keys = (
             '<ul class="keys"><li><i class="key-tissue"></i>'
             f"tiles with tissue: {count_text(count)}</li>"
-            f'<li><i class="key-glass"></i>glass alone: {count_text(tissue.size - count)}</li></ul>'
+            f'<li><i class="key-glass"></i>glass alone: {count_text(tissue.size - count)}'
+            f"{undrawn}</li></ul>"
         )
     note = ""
     exact = int(np.isinf(found.psnr).sum())
     if exact:
         note = (
-            f'<p class="lead">{count_text(exact)} {plural(exact, "tile")} identical to the '
-            "source have no finite PSNR and are left out of its chart; in means they count as "
-            "100 dB.</p>"
+            f'<p class="lead">Tiles identical to the source: {count_text(exact)}. Without a '
+            "finite PSNR, they are left out of its chart and count as 100 dB in means.</p>"
         )
     return (
-        '<section><h2>How the tiles are spread</h2><p class="lead">Tiles of level 0; numbers of '
-        f'tiles upwards.</p><div class="charts">{"".join(drawn)}</div>{keys}{note}</section>'
+        '<section><h2>How the tiles are spread</h2><p class="lead">Tiles of level 0; how many have '
+        f'which value.</p><div class="charts">{"".join(drawn)}</div>{keys}{note}</section>'
     )
 
 

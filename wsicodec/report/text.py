@@ -1,20 +1,8 @@
-"""Strings and numbers for people. Strings of a file are a stranger's: they must not act."""
+"""Numbers for people."""
 
 from __future__ import annotations
 
 import math
-
-MAX_SHOWN = 300
-
-
-def printable(text: str, limit: int = MAX_SHOWN) -> str:
-    """One line of at most ``limit`` characters without control characters, for a terminal or page.
-
-    Escape sequences, line breaks, marks that turn the direction of writing, and halves of surrogate
-    pairs become U+FFFD.
-    """
-    line = "".join(c if c.isprintable() else "\ufffd" for c in text[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def count_text(count: int) -> str:

@@ -36,10 +36,8 @@ def map_section(findings: Findings) -> str:
             "</symbol></defs></svg>"
         )
     drawn = [
-        _level_maps(findings, level, maps_of, index == 0)
-        for index, (level, maps_of) in enumerate(
-            zip(info.levels[:MAX_MAPPED], passport.levels, strict=False)
-        )
+        _level_maps(findings, level, maps_of)
+        for level, maps_of in zip(info.levels[:MAX_MAPPED], passport.levels, strict=False)
     ]
     lead = "Every square is one tile. The brightest colours are the tiles to look at first."
     if contour:
@@ -115,8 +113,8 @@ def _spots(findings: Findings) -> str:
     )
 
 
-def _level_maps(findings: Findings, level: Level, found: LevelMap, whole: bool) -> str:
-    """Figures with the maps of one level. whole: explain them, too."""
+def _level_maps(findings: Findings, level: Level, found: LevelMap) -> str:
+    """Figures with the maps of one level."""
     floor = None if findings.info.record is None else findings.info.record.floor
     below = found.below(floor)
     figures = []
@@ -145,7 +143,7 @@ def _level_maps(findings: Findings, level: Level, found: LevelMap, whole: bool) 
                 factor,
                 f"{title} by tile",
                 f"<b>{title}</b>{_pooled_text(factor, 'the brightest')}",
-                _ramp(scale, unit) + keys,
+                _ramp(scale, values, unit) + keys,
             )
         )
     factor = maps.pooling(found.rows, found.columns)
@@ -199,13 +197,16 @@ def _map_figure(
     )
 
 
-def _ramp(scale: maps.Scale, unit: str) -> str:
+def _ramp(scale: maps.Scale, values: maps.Values, unit: str) -> str:
+    """The scale's colours between its ends; marked where values go beyond an end."""
+    under = "≤ " if (values < scale.low).any() else ""
+    over = "≥ " if (values > scale.high).any() else ""
     stops = ",".join(rgb(colour) for colour in scale.palette()[:: maps.COLOURS // 16])
     low, high = (_short(value) for value in (scale.low, scale.high))
     return (
-        f'<div class="ramp"><span>≤ {low}{unit}</span>'
+        f'<div class="ramp"><span>{under}{low}{unit}</span>'
         f'<i style="background:linear-gradient(90deg,{stops})"></i>'
-        f"<span>{high}{unit}</span></div>"
+        f"<span>{over}{high}{unit}</span></div>"
     )
 
 

@@ -15,6 +15,7 @@ from wsicodec.slide.pages import (
     SlideFile,
     check_compression,
     check_declared,
+    check_stream,
     compression_name,
     named,
     rgb_of_ycbcr,
@@ -33,17 +34,20 @@ _PREMULTIPLIED, _ALPHA = 1, 2  # values of ExtraSamples
 Samples = npt.NDArray[Any]
 
 
-def read_page(page: Any, file: SlideFile, name: str, where: str) -> AssociatedImage:
+def read_page(
+    page: Any, file: SlideFile, name: str, where: str, *, strict: bool = False
+) -> AssociatedImage:
     """The image of a tifffile page, decoded, and as it is stored where that can be copied.
 
-    where: file and image, for messages. Raises LimitError above MAX_ASSOCIATED_BYTES,
-    UnsupportedError for pixels that cannot be shown as RGB, SlideError for damage.
+    where: file and image, for messages. strict: as ``check_stream`` has it.
+    Raises LimitError above MAX_ASSOCIATED_BYTES, UnsupportedError for pixels that cannot be shown
+    as RGB, SlideError for damage.
     """
     with named(where):
         if int(page.compression) not in _FAX:
             check_compression(page, where)
         segments = _segments(page, file, where)
-        pixels = _rgb(_decode(page, segments, where), page, where)
+        pixels = _rgb(_decode(page, segments, where, strict=strict), page, where)
         return AssociatedImage(name, pixels, _stored(page, file, segments, where))
 
 
@@ -68,7 +72,7 @@ def _segments(page: Any, file: SlideFile, where: str) -> tuple[bytes, ...]:
     )
 
 
-def _decode(page: Any, segments: tuple[bytes, ...], where: str) -> Samples:
+def _decode(page: Any, segments: tuple[bytes, ...], where: str, *, strict: bool) -> Samples:
     """Samples of the page, (rows, columns, channels)."""
     if page.dtype is None or int(page.imagedepth) != 1:
         raise UnsupportedError(f"{where}: holds no plane of samples that can be shown")
@@ -92,6 +96,7 @@ def _decode(page: Any, segments: tuple[bytes, ...], where: str) -> Samples:
         if not data:
             continue
         check_declared(data, int(page.compression), int(tall), int(wide), where)
+        check_stream(data, int(page.compression), page.jpegtables, where, strict=strict)
         segment, place, _ = page.decode(data, index, **tables)
         plane, _, y, x, _ = place
         part = np.asarray(segment)

@@ -7,16 +7,25 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from wsicodec.slide.forking import renewed_after_fork
 from wsicodec.slide.protocol import Image
 
 Key = tuple[int, int, int]  # level, row, column
 
 
 class SegmentCache:
-    """Latest decoded tiles up to a number of bytes; one thread decodes what several ask for."""
+    """Latest decoded tiles up to a number of bytes; one thread decodes what several ask for.
+
+    A forked process begins with an empty one: the thread that it would wait for is not there.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self.renew()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget all images, and who is making which."""
         self._lock = threading.Lock()
         self._ready: collections.OrderedDict[Key, Image] = collections.OrderedDict()
         self._running: dict[Key, Future[Image]] = {}

@@ -139,10 +139,12 @@ def _values(
     file: SlideFile, kind: _Kind, tags: list[tuple[int, int, int, int]], name: str
 ) -> Iterator[tuple[int, Integers]]:
     """Values by tag, of those that are needed here; all tags that are read lie within the file."""
+    seen: set[int] = set()
     wanted = {_SUB_DIRECTORIES, *(code for pair in (*_PLACES, *_SIDES) for code in pair)}
     for code, value_type, count, place in tags:
-        if code not in _READ:
-            continue
+        if code not in _READ or code in seen:
+            continue  # of a tag that is there twice, the first counts for tifffile
+        seen.add(code)
         size = count * _TYPE_BYTES.get(value_type, 0)
         if place + size > file.size:
             raise SlideError(

@@ -6,12 +6,15 @@ their own, tag 347, and count for every tile of the directory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from wsicodec.errors import FormatError
 
 _SOI, _EOI, _SOS, _COM, _APP0, _APP14, _APP15 = 0xD8, 0xD9, 0xDA, 0xFE, 0xE0, 0xEE, 0xEF
 _BARE = (0x01, *range(0xD0, 0xD8))  # markers without a length: TEM and the restarts
+_MARKER_IN_SCAN = re.compile(rb"\xff(?:[^\x00\xd0-\xd7\xff]|\Z)")
+_FILL = re.compile(rb"\xff+")
 START, END = b"\xff\xd8", b"\xff\xd9"
 _JFIF_BYTES = 18  # the whole segment of a JFIF header without thumbnail
 
@@ -31,8 +34,7 @@ def segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
         raise FormatError(f"JPEG stream starts with {stream[:2].hex(' ') or 'nothing'}, not ff d8")
     position = 2
     while position < len(stream):
-        while stream[position : position + 2] == b"\xff\xff":  # fill bytes are allowed
-            position += 1
+        position = behind_fill(stream, position)
         if stream[position] != 0xFF or position + 1 >= len(stream):
             raise FormatError(f"JPEG stream has no marker at byte {position}")
         start, marker = position, stream[position + 1]
@@ -46,21 +48,20 @@ def segments(stream: bytes) -> Iterator[tuple[int, int, int]]:
             if length < 2 or position > len(stream):
                 raise FormatError(f"JPEG segment ff {marker:02x} at byte {start} is cut short")
             if marker == _SOS:
-                position = _end_of_scan(stream, position)
+                position = end_of_scan(stream, position)
         yield marker, start, position
 
 
-def _end_of_scan(stream: bytes, position: int) -> int:
+def end_of_scan(stream: bytes, position: int) -> int:
     """Where entropy-coded data end: at the next marker that is neither stuffing nor a restart."""
-    while (position := stream.find(b"\xff", position)) >= 0:
-        follower = stream[position + 1 : position + 2]
-        if follower == b"\xff":
-            position += 1
-        elif follower == b"\x00" or b"\xd0" <= follower <= b"\xd7":
-            position += 2
-        else:
-            return position
-    return len(stream)
+    found = _MARKER_IN_SCAN.search(stream, position)
+    return found.start() if found else len(stream)
+
+
+def behind_fill(stream: bytes, position: int) -> int:
+    """The last of several ff: any number of them may stand before a marker."""
+    found = _FILL.match(stream, position)
+    return found.end() - 1 if found else position
 
 
 def without_metadata(stream: bytes) -> bytes:
@@ -111,3 +112,34 @@ def app0_names(stream: bytes) -> list[bytes]:
         if marker == _APP0:
             names.append(stream[start + 4 : start + 9])
     return names
+
+
+def jpeg_colours(stream: bytes) -> tuple[bool, tuple[int, int]]:
+    """(is YCbCr, (horizontal, vertical) chroma subsampling) of a three-channel JPEG stream.
+
+    Raises FormatError where the headers end early or hold no frame of three components.
+    """
+    position, adobe, jfif = 2, None, False
+    while position + 4 <= len(stream):
+        marker, length = stream[position + 1], int.from_bytes(stream[position + 2 : position + 4])
+        body = stream[position + 4 : position + 2 + length]
+        if stream[position] != 0xFF:
+            break
+        if marker == 0xE0 and body[:4] == b"JFIF":
+            jfif = True
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
+            adobe = body[11]
+        elif marker in (0xC0, 0xC1, 0xC2):
+            if len(body) < 15 or body[5] != 3:
+                break
+            factors = [body[7 + 3 * component] for component in range(3)]
+            identifiers = [body[6 + 3 * component] for component in range(3)]
+            luma = factors[0] >> 4, factors[0] & 15
+            # T.871 and Adobe's technical note 5116: JFIF is YCbCr; else Adobe's flag; else names
+            if not jfif and (adobe == 0 or (adobe is None and identifiers == [82, 71, 66])):
+                return False, (1, 1)
+            return True, (luma[0] // max(1, factors[1] >> 4), luma[1] // max(1, factors[1] & 15))
+        elif marker == 0xDA:
+            break
+        position += 2 + length
+    raise FormatError("JPEG stream has no frame of three components")

@@ -18,14 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from wsicodec.errors import FormatError, SettingsError, SlideError, UnsupportedError
+from wsicodec.choices import LAYOUTS
+from wsicodec.errors import SettingsError, SlideError, UnsupportedError
 from wsicodec.slide import omexml
+from wsicodec.slide.jpegstream import jpeg_colours
 from wsicodec.slide.layout import aperio_values, positive_number
 from wsicodec.slide.passport import TAG_PASSPORT
 from wsicodec.slide.protocol import AssociatedImage, Image, StoredImage
 from wsicodec.slide.record import TAG_MODEL, TAG_RECORD, FileRecord
-
-LAYOUTS = ("subifd", "flat")
+from wsicodec.slide.repacking import repack, unpack
 
 MAX_LEVELS = 32
 MAX_ASSOCIATED = 64
@@ -104,6 +105,19 @@ class SlideMetadata:
     acquisition_date: str | None = None
 
 
+def check_slide(
+    levels: Sequence[CodedLevel],
+    metadata: SlideMetadata,
+    *,
+    layout: str = "subifd",
+    associated: Sequence[AssociatedImage] = (),
+) -> None:
+    """Raise what ``write_slide`` would raise of this, before any tile is coded."""
+    _check(levels, layout, associated)
+    if layout == "subifd":
+        _ome(levels[0], metadata, "wsicodec", associated)
+
+
 def write_slide(
     file: BinaryIO,
     levels: Sequence[CodedLevel],
@@ -154,7 +168,7 @@ def write_slide(
         early = [image for image in beside if image.name == "thumbnail"]
         late = [image for image in beside if image.name != "thumbnail"]
         late.sort(key=lambda image: {"label": 0, "macro": 1}.get(image.name, 2))
-    svs = layout == "flat" and bool(early) and _is_aperio(metadata)
+    svs = layout == "flat" and bool(early) and is_aperio(metadata)
     if layout == "subifd":
         description = _ome(levels[0], metadata, software, associated)
     elif svs:
@@ -243,7 +257,7 @@ def _ome(
     return omexml.build([main, *beside], creator=software)
 
 
-def _is_aperio(metadata: SlideMetadata) -> bool:
+def is_aperio(metadata: SlideMetadata) -> bool:
     """True when the description is Aperio's and says of the slide what the metadata do."""
     description = metadata.description or ""
     if not description.startswith("Aperio ") or "\0" in description:
@@ -396,13 +410,33 @@ def _beside(image: AssociatedImage, layout: str, codec: str) -> _Beside:
         raise SettingsError(
             f"image {image.name!r} is {pixels.dtype} {pixels.shape}, not uint8 (rows, columns, 3)"
         )
-    if image.stored is not None:
-        copied = _copied(image.name, image.stored, layout)
+    stored = None if image.stored is None else unpack(image.stored) or image.stored
+    if stored is not None:
+        repacked = _repacked(image.name, stored, pixels, layout) if codec == "learned" else None
+        if repacked is not None:
+            return repacked
+        copied = _copied(image.name, stored, layout)
         if copied is not None and _holds(copied, pixels):
-            if image.stored.compression not in _LOSSLESS:
+            if stored.compression not in _LOSSLESS:
                 return copied  # no lossless code of decoded pixels is as small
             return _smaller(copied, image, codec)
     return _smaller(_deflated(image.name, pixels), image, codec)
+
+
+def _repacked(name: str, stored: StoredImage, pixels: Image, layout: str) -> _Beside | None:
+    """A JPEG image in fewer bytes, in files whose readers need wsicodec anyhow."""
+    found = repack(stored, pixels)
+    if found is None:
+        return None
+    (rows, columns), (height, width) = found.tile, pixels.shape[:2]
+    settings: dict[str, Any] = {"compression": compression_tag("learned"), "photometric": "rgb"}
+    if stored.tile is None:
+        settings["rowsperstrip"] = rows
+    elif layout == "flat":
+        return None  # readers of flat files take a tiled directory for a level
+    else:
+        settings["tile"] = (rows, columns)
+    return _Beside(name, height, width, found.tiles, settings)
 
 
 def _smaller(found: _Beside, image: AssociatedImage, codec: str) -> _Beside:
@@ -496,34 +530,3 @@ def _jpeg_tags(stream: bytes, level: CodedLevel, index: int) -> dict[str, Any]:
 def _rgb_jpeg() -> dict[str, Any]:
     # anew each time: tifffile writes into compressionargs
     return {"subsampling": (1, 1), "compressionargs": {"outcolorspace": "rgb"}}
-
-
-def jpeg_colours(stream: bytes) -> tuple[bool, tuple[int, int]]:
-    """(is YCbCr, (horizontal, vertical) chroma subsampling) of a three-channel JPEG stream.
-
-    Raises FormatError where the headers end early or hold no frame of three components.
-    """
-    position, adobe, jfif = 2, None, False
-    while position + 4 <= len(stream):
-        marker, length = stream[position + 1], int.from_bytes(stream[position + 2 : position + 4])
-        body = stream[position + 4 : position + 2 + length]
-        if stream[position] != 0xFF:
-            break
-        if marker == 0xE0 and body[:4] == b"JFIF":
-            jfif = True
-        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
-            adobe = body[11]
-        elif marker in (0xC0, 0xC1, 0xC2):
-            if len(body) < 15 or body[5] != 3:
-                break
-            factors = [body[7 + 3 * component] for component in range(3)]
-            identifiers = [body[6 + 3 * component] for component in range(3)]
-            luma = factors[0] >> 4, factors[0] & 15
-            # T.871 and Adobe's technical note 5116: JFIF is YCbCr; else Adobe's flag; else names
-            if not jfif and (adobe == 0 or (adobe is None and identifiers == [82, 71, 66])):
-                return False, (1, 1)
-            return True, (luma[0] // max(1, factors[1] >> 4), luma[1] // max(1, factors[1] & 15))
-        elif marker == 0xDA:
-            break
-        position += 2 + length
-    raise FormatError("JPEG tile has no frame of three components")

@@ -23,9 +23,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +32,13 @@ from typing import Any
 
 import numpy as np
 
-from wsicodec.bitstream import HEADER_BYTES, MAX_SIDE, Mode, Tile, is_tile
+from wsicodec.bitstream import HEADER_BYTES, MAX_SIDE, Mode, Tile, is_tile, parse
 from wsicodec.errors import LimitError, SettingsError, SlideError, UnsupportedError, WsicodecError
-from wsicodec.slide.ometiff import MAX_LEVELS, CodedLevel, SlideMetadata
+from wsicodec.slide.ometiff import MAX_ASSOCIATED, MAX_LEVELS, CodedLevel, SlideMetadata
+from wsicodec.slide.placing import atomic_folder
 from wsicodec.slide.protocol import AssociatedImage, Image, StoredImage
 from wsicodec.slide.record import AREA_AVERAGE, FileRecord
+from wsicodec.slide.repacking import repack, unpack
 from wsicodec.slide.zarrarray import (
     MAX_METADATA_BYTES,
     MAX_SHARD_CHUNKS,
@@ -51,7 +51,6 @@ OME_VERSION = "0.5"
 ATTRIBUTES_FORMAT, ATTRIBUTES_VERSION = "wsicodec-omezarr", 1
 WHITE = 255
 DEFAULT_SHARD_TILES = 16
-MAX_ASSOCIATED = 64
 BLOBS = ("icc_profile", "model", "passport")
 """Arrays of bytes in the group ``wsicodec``."""
 
@@ -98,7 +97,8 @@ def write_omezarr(
     have no bytes or another size, and for what the file system refuses, LimitError for metadata
     that no reader would take.
     """
-    _check(levels, codec, associated, shard_tiles)
+    check_codec(codec)
+    check_slide(levels, associated, shard_tiles)
     tile_codec = _tile_codec(codec, record)
     blobs = dict(zip(BLOBS, (metadata.icc_profile, model, passport), strict=True))
     kept = {name: data for name, data in blobs.items() if data}
@@ -121,7 +121,9 @@ def write_omezarr(
             "every_chunk_is_stored": True,
         },
     }
-    with atomic_folder(folder, overwrite=overwrite, part=part) as new:
+    with atomic_folder(
+        folder, overwrite=overwrite, part=part, check_replaced=check_replaced
+    ) as new:
         _write_group(new, attributes)
         for index, level in enumerate(levels):
             _write_image_array(
@@ -143,17 +145,27 @@ def write_omezarr(
             check(new)
 
 
-def _check(
-    levels: Sequence[CodedLevel],
-    codec: str,
-    associated: Sequence[AssociatedImage],
-    shard_tiles: int,
-) -> None:
+def check_replaced(folder: Path) -> None:
+    """Raise SlideError for what a new Zarr hierarchy must not replace: all but another one."""
+    if not (folder / METADATA_FILE).is_file():
+        raise SlideError(f"{folder}: is no Zarr hierarchy, and not replaced by one")
+
+
+def check_codec(codec: str) -> None:
+    """Raise UnsupportedError for a codec that an OME-Zarr cannot be written with."""
     if codec != "learned" and codec not in MODES:
         raise UnsupportedError(
             f"codec {codec!r} has no place in wsicodec tiles; OME-Zarr files can be written with "
             f"learned, {', '.join(MODES)}"
         )
+
+
+def check_slide(
+    levels: Sequence[CodedLevel],
+    associated: Sequence[AssociatedImage],
+    shard_tiles: int = DEFAULT_SHARD_TILES,
+) -> None:
+    """Raise what ``write_omezarr`` would raise of this, before any tile is coded."""
     if not 1 <= len(levels) <= MAX_LEVELS:
         raise SettingsError(f"{len(levels)} levels are not within 1 ... {MAX_LEVELS}")
     if not 1 <= shard_tiles <= int(MAX_SHARD_CHUNKS**0.5):
@@ -517,7 +529,8 @@ def _write_associated(folder: Path, image: AssociatedImage, record: FileRecord) 
         raise SettingsError(
             f"image {image.name!r} is {pixels.dtype} {pixels.shape}, not uint8 (rows, columns, 3)"
         )
-    copied = None if image.stored is None else _copied_tiles(image.stored, pixels)
+    stored = None if image.stored is None else unpack(image.stored) or image.stored
+    copied = None if stored is None else _repacked(stored, pixels) or _copied_tiles(stored, pixels)
     grid, tiles = _lossless_tiles(pixels) if copied is None else copied
     _write_group(folder, {"ome": _ome(image.name, [(1, 1)], None, None, record)})
     codec = {"name": "wsicodec", "configuration": {"channel_axis": -3, "lossless": True}}
@@ -530,6 +543,18 @@ def _lossless_tiles(pixels: Image) -> tuple[_Grid, list[bytes]]:
     height, width = pixels.shape[:2]
     grid = _Grid(height, width, min(height, MAX_SIDE), min(width, MAX_SIDE))
     return grid, [_lossless(tile) for tile in _padded_tiles(pixels, grid)]
+
+
+def _repacked(stored: StoredImage, pixels: Image) -> tuple[_Grid, list[bytes]] | None:
+    """JPEG in fewer bytes; None where that is not possible, or chunks would differ in size."""
+    found = repack(stored, pixels)
+    if found is None:
+        return None
+    grid = _Grid(stored.height, stored.width, *found.tile)
+    sizes = {(tile.height, tile.width) for tile in map(parse, found.tiles)}
+    if sizes != {found.tile} or max(grid.rows, grid.columns) > MAX_SHARD_CHUNKS**0.5:
+        return None
+    return grid, list(found.tiles)
 
 
 def _copied_tiles(stored: StoredImage, pixels: Image) -> tuple[_Grid, list[bytes]] | None:
@@ -587,91 +612,3 @@ def _lossless(tile: Image) -> bytes:
     from wsicodec.codec import encode
 
     return Tile(Mode.LOSSLESS, tile.shape[0], tile.shape[1], encode(tile, codec="lossless")).pack()
-
-
-# ---------------------------------------------------------------------------------------------
-# the folder
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path, *, overwrite: bool, part: Path | None = None) -> Iterator[Path]:
-    """A new folder ``.<name>.<pid>.part`` beside the target, renamed to it on success.
-
-    part: another name on the same file system, that nobody else writes to: what a process that was
-    killed left there is replaced.
-
-    All bytes are on the disk (fsync) before the name changes. Whatever goes wrong, the part is
-    removed and what was under the name before stays. A Zarr hierarchy is replaced where
-    ``overwrite`` says so, in two renames: in between, it is ``.<name>.<pid>.old``. Other things are
-    never replaced.
-
-    Raises SlideError, naming the target, for what the file system refuses.
-    """
-    if part is None:
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    else:
-        shutil.rmtree(part, ignore_errors=True)
-    _check_target(target, overwrite)
-    try:
-        part.mkdir()
-    except FileExistsError:
-        raise SlideError(f"{target}: {part.name} exists: is it being written already?") from None
-    except OSError as error:
-        raise _refused(target, error) from error
-    try:
-        yield part
-        _sync(part)
-        _check_target(target, overwrite)
-        _rename(part, target)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, WsicodecError):
-            raise _refused(target, error) from error
-        raise
-
-
-def _rename(part: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    replaces = target.exists()
-    if replaces:
-        target.rename(old)
-    try:
-        part.rename(target)
-    except BaseException:
-        if replaces:
-            old.rename(target)
-        raise
-    with contextlib.suppress(OSError):
-        _sync_one(target.parent)
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise SlideError(f"{target}: exists already; left as it is")
-    if not (target / METADATA_FILE).is_file():
-        raise SlideError(f"{target}: is no Zarr hierarchy, and not replaced by one")
-
-
-def _sync(folder: Path) -> None:
-    """Everything below the folder onto the disk."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            _sync_one(Path(root) / name, os.O_RDWR)
-        with contextlib.suppress(OSError):  # not all systems can do that with folders
-            _sync_one(Path(root))
-
-
-def _sync_one(path: Path, mode: int = os.O_RDONLY) -> None:
-    handle = os.open(path, mode)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _refused(target: Path, error: OSError) -> SlideError:
-    return SlideError(f"{target}: cannot be written: {error.strerror or error}")

@@ -40,11 +40,14 @@ _OTHER_STARTS = (
 )
 
 
-def open_slide(path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BYTES) -> SlideReader:
+def open_slide(
+    path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BYTES, *, strict: bool = False
+) -> SlideReader:
     """An open slide of any format that wsicodec reads, told by its content.
 
     SVS, OME-TIFF and plain TIFF are read by ``TiffReader``; folders of OME-Zarr by ``ZarrReader``;
     vendors' other formats by ``OpenSlideReader``. cache_bytes: decoded tiles kept at most.
+    strict: as ``TiffReader`` has it; formats read by OpenSlide are read as it reads them.
 
     Raises as the readers do: SlideError for files that are missing, empty, damaged or no slides,
     UnsupportedError for slides that neither reads, RuntimeMissingError where OpenSlide would be
@@ -61,7 +64,7 @@ def open_slide(path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BY
     from wsicodec.slide.tiff import TiffReader
 
     try:
-        return TiffReader(path, cache_bytes)
+        return TiffReader(path, cache_bytes, strict=strict)
     except VendorError as error:
         return _open_vendor(path, error.vendor, cache_bytes)
     except WsicodecError:

@@ -18,8 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,14 +32,17 @@ from wsicodec.errors import (
 from wsicodec.slide.associated import MAX_ASSOCIATED_BYTES
 from wsicodec.slide.cache import SegmentCache
 from wsicodec.slide.dates import openslide_date
+from wsicodec.slide.forking import renewed_after_fork
 from wsicodec.slide.layout import lossy_history, positive_number
 from wsicodec.slide.pages import compression_name, file_start, is_tiff
+from wsicodec.slide.parts import slide_bytes
 from wsicodec.slide.protocol import (
     DEFAULT_CACHE_BYTES,
     AssociatedImage,
     Image,
     Level,
     SlideInfo,
+    SlideReader,
 )
 
 INSTALL = 'pip install "wsicodec[openslide]"'
@@ -89,7 +91,7 @@ class _Grid:
     columns: tuple[int, ...] = ()
 
 
-class OpenSlideReader:
+class OpenSlideReader(SlideReader):
     """An open slide of a format that OpenSlide knows. Thread-safe.
 
     path: the file. cache_bytes: of tiles that OpenSlide keeps, and of blocks that are kept here.
@@ -132,7 +134,7 @@ class OpenSlideReader:
         self.info = SlideInfo(
             path=self.path,
             format=vendor,
-            file_bytes=self.path.stat().st_size,
+            file_bytes=slide_bytes(self.path, vendor, properties),
             levels=tuple(
                 Level(
                     index,
@@ -156,11 +158,6 @@ class OpenSlideReader:
             acquisition_date=openslide_date(properties),
             vendor=vendor,
         )
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """Resolutions, finest first."""
-        return self.info.levels
 
     def read_region(self, level: int, y: int, x: int, height: int, width: int) -> Image:
         """Pixels of a rectangle as a new uint8 (height, width, 3) RGB array.
@@ -261,17 +258,6 @@ class OpenSlideReader:
         """Close the file, once the reads in other threads are done; reading raises SlideError."""
         self._handle.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 _SIDES = ("height", "width")
 
@@ -303,19 +289,29 @@ class _Handle:
     """An OpenSlide object that threads share.
 
     Once OpenSlide met an error it answers everything with that error: the slide is then opened
-    anew, for the others and to ask again whether it was this request that failed.
+    anew, for the others and to ask again whether it was this request that failed. So it is in a
+    forked process: both would move the place at which one open file is read.
     """
 
     def __init__(self, path: Path, vendor: str, cache_bytes: int) -> None:
         self._path, self._vendor = path, vendor
-        self._library = _library()
+        self._library, self._cache_bytes = _library(), max(0, cache_bytes)
+        self._left_behind: list[Any] = []
+        self._slide: Any = None
         self._tiles: Any = None
+        self._closed = False
+        self.renew()
+        self._slide = self._opened()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Begin anew, without a slide; the one of before is not even closed, threads may use it."""
+        self._left_behind += [self._slide, self._tiles]
+        self._slide = self._tiles = None
         with contextlib.suppress(self._library.OpenSlideVersionError):  # OpenSlide 3 has its own
-            self._tiles = self._library.OpenSlideCache(max(0, cache_bytes))
+            self._tiles = self._library.OpenSlideCache(self._cache_bytes)
         self._changed = threading.Condition()
         self._users: dict[int, int] = {}
-        self._slide: Any = self._opened()
-        self._closed = False
 
     def check(self) -> None:
         if self._closed:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsicodec.errors import LimitError, SlideError, UnsupportedError, WsicodecError
+from wsicodec.errors import FormatError, LimitError, SlideError, UnsupportedError, WsicodecError
 from wsicodec.slide import jpegstream
 from wsicodec.slide.protocol import Image, StoredLayout
 from wsicodec.slide.streams import declared_size
 
 MAX_SEGMENT_BYTES = 512 * 2**20
-"""A tile or strip of more decoded bytes is refused: one would outgrow any sensible cache."""
+"""A tile or strip of more bytes, decoded or stored, is refused: one would outgrow any cache."""
 
 _ROWS_BYTES = 4 * 2**20  # decoded size of the parts that uncompressed strips are read in
 
@@ -106,14 +106,16 @@ class SlideFile:
 class Page:
     """A TIFF directory of 8-bit RGB pixels.
 
-    where: file and level, for messages. segment_height, segment_width: pixels of one segment.
+    where: file and level, for messages. strict: as ``check_stream`` has it. segment_height,
+    segment_width: pixels of one segment.
 
     Raises UnsupportedError for other pixels, SlideError for a broken directory, LimitError for
     segments above MAX_SEGMENT_BYTES.
     """
 
-    def __init__(self, page: Any, file: SlideFile, where: str) -> None:
+    def __init__(self, page: Any, file: SlideFile, where: str, *, strict: bool = False) -> None:
         self.where = where
+        self._strict = strict
         self.tags = page.tags
         self.height, self.width = int(page.imagelength), int(page.imagewidth)
         self.compression = compression_name(page)
@@ -220,7 +222,8 @@ class Page:
             return np.full(shape, 255, np.uint8)
         try:
             check_declared(data, self._code, self._stored_height, self.segment_width, where)
-            check_whole(data, self._code, where)
+            tables = self._jpeg.get("jpegtables")
+            check_stream(data, self._code, tables, where, strict=self._strict)
             image = np.asarray(self._decode(data, index, **self._jpeg)[0])
         except WsicodecError as error:
             if str(error).startswith(where):
@@ -245,10 +248,17 @@ class Page:
         strip, within = divmod(first, self._stored_height)
         line = self.width * 3
         offset = int(self._offsets[strip]) + within * line
+        if within * line + (last - first) * line > int(self._counts[strip]):
+            raise SlideError(
+                f"{where}: its strip has {self._counts[strip]} bytes, too few for its pixels: the "
+                "file is damaged"
+            )
         return self._file.read(offset, (last - first) * line, where)
 
     def _read_stored(self, index: int, where: str) -> bytes:
         count = int(self._counts[index])
+        if count > MAX_SEGMENT_BYTES:
+            raise LimitError(f"{where}: {count} bytes exceed {MAX_SEGMENT_BYTES}")
         return self._file.read(int(self._offsets[index]), count, where) if count else b""
 
     def _index(self, row: int, column: int, plane: int) -> int:
@@ -292,13 +302,11 @@ def _subsampling(page: Any, file: SlideFile, where: str) -> tuple[int, int] | No
         return int(told[0]), int(told[1])
     if int(page.compression) != _JPEG:
         return None
-    from wsicodec.slide.ometiff import jpeg_colours
-
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if count:
             stream = file.read(int(offset), min(int(count), MAX_SEGMENT_BYTES), where)
             with named(f"{where}: its first JPEG stream is damaged"):
-                return jpeg_colours(stream)[1]
+                return jpegstream.jpeg_colours(stream)[1]
     return None
 
 
@@ -385,6 +393,24 @@ def check_declared(data: bytes, compression: int, height: int, width: int, where
             f"{where}: a stream of {rows} x {columns} pixels and {channels} channels lies in the "
             f"place of {height} x {width}"
         )
+
+
+def check_stream(
+    data: bytes, compression: int, tables: bytes | None, where: str, *, strict: bool
+) -> None:
+    """Refuse a stream that decoders would make pixels of although they are not all there.
+
+    tables: of JPEG, tag 347. strict: find damage within a JPEG stream too, not only at its end.
+    Raises SlideError.
+    """
+    check_whole(data, compression, where)
+    if strict and compression == _JPEG and data:
+        from wsicodec.slide.jpegscan import check_scans
+
+        try:
+            check_scans(data, tables)
+        except FormatError as error:
+            raise SlideError(f"{where}: {error}: the file is damaged") from None
 
 
 def check_whole(data: bytes, compression: int, where: str) -> None:

@@ -48,7 +48,8 @@ class SlideInfo:
     """What a slide file says of itself.
 
     format: ``svs``, ``ome-tiff`` or ``tiff``; of what OpenSlide reads, its name of the format
-    (``hamamatsu``, ``mirax``, ``dicom`` ...). file_bytes: size of the file.
+    (``hamamatsu``, ``mirax``, ``dicom`` ...). file_bytes: of all files that the
+    slide is made of, as far as its format tells which.
     mpp_x, mpp_y: µm per pixel of level 0; magnification: of the objective; None where not told.
     photometric: as stored, ``rgb`` or ``ycbcr``; pixels are always handed out as RGB.
     compression: of level 0's tiles.
@@ -155,14 +156,17 @@ class StoredImage(StoredLayout):
 
 
 class SlideReader(Protocol):
-    """An open slide. Thread-safe; opens with ``wsicodec.slide.open_slide``."""
+    """An open slide. Thread-safe; opens with ``wsicodec.slide.open_slide``.
+
+    A context manager that closes it.
+    """
 
     info: SlideInfo
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """Resolutions, finest first."""
-        ...
+        return self.info.levels
 
     def read_region(self, level: int, y: int, x: int, height: int, width: int) -> Image:
         """Pixels of a rectangle as a new uint8 (height, width, 3) RGB array.
@@ -190,11 +194,13 @@ class SlideReader(Protocol):
         """Close the file. Reading afterwards raises SlideError."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()

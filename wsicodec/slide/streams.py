@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from wsicodec.slide.jpegstream import behind_fill
+
 _J2K_MAGIC = b"\xff\x4f\xff\x51"
 _JXL_MAGIC = b"\xff\x0a"
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
@@ -37,17 +39,14 @@ def declared_size(data: bytes, compression: int) -> tuple[int, int, int] | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int] | None:
-    position = 2
+    position = behind_fill(data, 2)
     while data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return _big(data, position + 5, 2), _big(data, position + 7, 2), data[position + 9]
         if marker == 0xDA:
             break
-        position += 2 + _big(data, position + 2, 2)
+        position = behind_fill(data, position + 2 + _big(data, position + 2, 2))
     return None
 
 

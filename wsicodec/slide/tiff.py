@@ -7,24 +7,20 @@ cache, and may be used from many threads at once. tifffile parses the files and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from wsicodec.errors import (
     SettingsError,
     SlideError,
-    UnknownModelError,
     UnsupportedError,
     WsicodecError,
 )
 from wsicodec.slide.associated import read_page
-from wsicodec.slide.cache import SegmentCache
 from wsicodec.slide.chain import check_chain
 from wsicodec.slide.layout import find_layout, lossy_history, resolution_mpp
-from wsicodec.slide.pages import Page, SlideFile, check_whole, file_start, is_tiff, named
+from wsicodec.slide.pages import Page, SlideFile, file_start, is_tiff, named
 from wsicodec.slide.passport import TAG_PASSPORT
 from wsicodec.slide.protocol import (
     DEFAULT_CACHE_BYTES,
@@ -35,17 +31,18 @@ from wsicodec.slide.protocol import (
     StoredLayout,
 )
 from wsicodec.slide.record import TAG_MODEL, TAG_RECORD, FileRecord, parse_record
-from wsicodec.slide.region import region_of_tiles
+from wsicodec.slide.tiledreader import TiledReader
 
 _ICC_PROFILE = 34675
 _NDPI_FLAG = 65420
 
 
-class TiffReader:
+class TiffReader(TiledReader):
     """An open slide.
 
     path: the file. cache_bytes: decoded tiles kept at most; with two rows of the file's tiles in
-    it, reading in raster order decodes each of them once.
+    it, reading in raster order decodes each of them once. strict: look for damage within JPEG
+    streams before they are decoded (see ``jpegscan``), which adds almost half to the time.
 
     Raises SlideError where the file is missing, empty, damaged or no TIFF, and UnsupportedError
     where its pixels are not 8-bit RGB or its format is one that this version does not read.
@@ -55,17 +52,20 @@ class TiffReader:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BYTES
+        self,
+        path: str | os.PathLike[str],
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        *,
+        strict: bool = False,
     ) -> None:
-        self.path = Path(path)
+        super().__init__(path, cache_bytes)
+        self._strict = strict
         start = file_start(self.path, 4)
         if not is_tiff(start):
             raise SlideError(f"{self.path}: not a TIFF file (starts with {start.hex(' ')})")
         from wsicodec.plugins import tifffile as plugin
 
         plugin.install()
-        self._cache = SegmentCache(cache_bytes)
-        self._closed = False
         with named(f"{self.path}: cannot be opened"):
             self._file = SlideFile(self.path)
         try:
@@ -87,14 +87,14 @@ class TiffReader:
             check_chain(self._file, str(self.path))
         layout = find_layout(self._tiff, self.path)
         self._pages = [
-            Page(page, self._file, f"{self.path}: level {index}")
+            Page(page, self._file, f"{self.path}: level {index}", strict=self._strict)
             for index, page in enumerate(layout.pages)
         ]
         self._associated = dict(layout.associated)
         first = self._pages[0]
         record = self._read_record()
         tag_x, tag_y = resolution_mpp(first.tags)
-        profile = first.tags.valueof(_ICC_PROFILE)
+        profile = self._bytes_of(_ICC_PROFILE)
         self.info = SlideInfo(
             path=self.path,
             format=layout.format,
@@ -115,7 +115,7 @@ class TiffReader:
             magnification=layout.magnification,
             photometric=first.photometric,
             compression=first.compression,
-            icc_profile=bytes(profile) if profile else None,
+            icc_profile=profile,
             description=layout.description or None,
             history=record.history
             if record
@@ -126,6 +126,17 @@ class TiffReader:
             vendor=layout.vendor,
         )
 
+    def _bytes_of(self, code: int) -> bytes | None:
+        """Bytes in a tag of level 0, None without any. SlideError for anything but bytes."""
+        value = self._pages[0].tags.valueof(code)
+        if value is None or isinstance(value, bytes):
+            return value or None
+        # a single one of them comes as a number, which may as well be a number of another type
+        try:
+            return bytes([value] if isinstance(value, int) else value)
+        except (TypeError, ValueError):
+            raise SlideError(f"{self.path}: TIFF tag {code} does not hold bytes") from None
+
     def _read_record(self) -> FileRecord | None:
         value = self._pages[0].tags.valueof(TAG_RECORD)
         if value is None:
@@ -134,27 +145,6 @@ class TiffReader:
             return parse_record(value)
         except WsicodecError as error:
             raise type(error)(f"{self.path}: {error}") from None
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """Resolutions, finest first."""
-        return self.info.levels
-
-    def read_region(self, level: int, y: int, x: int, height: int, width: int) -> Image:
-        """Pixels of a rectangle as a new uint8 (height, width, 3) RGB array.
-
-        level: index; y, x: top left pixel in that level; the rectangle must lie inside the level.
-        Tiles that the file leaves out are white, as glass is.
-
-        Raises SettingsError for a rectangle outside, SlideError naming a tile that is damaged.
-        """
-        self._page(level)
-        return region_of_tiles(
-            self.levels[level],
-            f"{self.path}: level {level}",
-            (y, x, height, width),
-            lambda row, column: self._segment(level, row, column),
-        )
 
     def stored_layout(self, level: int) -> StoredLayout:
         """How the file keeps a level; ``tile_bytes`` gives the segments of this layout.
@@ -165,23 +155,6 @@ class TiffReader:
         """
         return self._page(level).layout()
 
-    def tile_bytes(self, level: int, row: int, column: int) -> bytes:
-        """Coded bytes of one of the file's own tiles or strips; empty where the file has none.
-
-        A JPEG tile may need the tables of its TIFF directory to decode.
-        Raises SettingsError for a tile outside the level, SlideError where bytes are missing.
-        """
-        self._check_tile(level, row, column)
-        return self._page(level).read(row, column)
-
-    def decode_tile(self, level: int, row: int, column: int) -> Image:
-        """Pixels of one of the file's own tiles, uint8, cropped to the level; not cached.
-
-        Raises SlideError or the error of our own codec, naming level, tile and reason.
-        """
-        self._check_tile(level, row, column)
-        return self._decode(level, row, column)
-
     def read_associated(self, name: str) -> AssociatedImage:
         """The image of this name (one of ``info.associated``), as RGB whatever it is kept as.
 
@@ -189,7 +162,7 @@ class TiffReader:
         Raises SettingsError for another name, and for an image that cannot be read LimitError,
         UnsupportedError or SlideError.
         """
-        self._page(0)
+        self._check_open()
         if name not in self._associated:
             raise SettingsError(
                 f"{self.path}: no image {name!r} beside the slide; there are "
@@ -199,23 +172,17 @@ class TiffReader:
         where = f"{self.path}: image {name!r}"
         if page is None:
             raise UnsupportedError(f"{where}: is more than one plane of pixels")
-        image = read_page(page, self._file, name, where)
-        if image.stored is not None:
-            for segment in image.stored.segments:
-                check_whole(segment, image.stored.compression, where)
-        return image
+        return read_page(page, self._file, name, where, strict=self._strict)
 
     def embedded_model(self) -> bytes | None:
         """Bytes of the model carried in the file, None without one. Nobody has checked them."""
-        self._page(0)
-        value = self._pages[0].tags.valueof(TAG_MODEL)
-        return bytes(value) if value else None
+        self._check_open()
+        return self._bytes_of(TAG_MODEL)
 
     def embedded_passport(self) -> bytes | None:
         """Bytes of the quality passport in the file, None without one. Nobody has checked them."""
-        self._page(0)
-        value = self._pages[0].tags.valueof(TAG_PASSPORT)
-        return bytes(value) if value else None
+        self._check_open()
+        return self._bytes_of(TAG_PASSPORT)
 
     def close(self) -> None:
         """Close the file. Reading afterwards raises SlideError."""
@@ -224,55 +191,15 @@ class TiffReader:
             self._tiff.close()
             self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _page(self, level: int) -> Page:
-        if self._closed:
-            raise SlideError(f"{self.path}: the slide is closed")
-        if not 0 <= level < len(self._pages):
-            raise SettingsError(f"{self.path}: no level {level} among {len(self._pages)}")
+        self._check_level(level)
         return self._pages[level]
 
-    def _check_tile(self, level: int, row: int, column: int) -> None:
-        self._page(level)
-        grid = self.levels[level]
-        if not (0 <= row < grid.rows and 0 <= column < grid.columns):
-            raise SettingsError(
-                f"{self.path}: level {level}: no tile ({row}, {column}) in {grid.rows} rows and "
-                f"{grid.columns} columns"
-            )
-
-    def _segment(self, level: int, row: int, column: int) -> Image:
-        return self._cache.get((level, row, column), lambda: self._decode(level, row, column))
+    def _stored(self, level: int, row: int, column: int) -> bytes:
+        return self._pages[level].read(row, column)
 
     def _decode(self, level: int, row: int, column: int) -> Image:
-        page = self._pages[level]
-        try:
-            return page.decode(row, column)
-        except UnknownModelError as error:
-            if not self._carries_model_of(page.read(row, column)):
-                raise
-            raise UnknownModelError(
-                f"{error}, or trust the one that the slide carries: wsicodec models install "
-                f"{self.path}"
-            ) from None
-
-    def _carries_model_of(self, tile: bytes) -> bool:
-        from wsicodec.codec import probe
-
-        model = self.embedded_model()
-        if model is None:
-            return False
-        return hashlib.sha256(model).hexdigest().startswith(probe(tile).model or "none")
+        return self._pages[level].decode(row, column)
 
 
 def _parsed(path: Path) -> Any:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import parse
 from wsicodec.errors import FormatError, LimitError, SlideError, UnsupportedError, WsicodecError
+from wsicodec.slide.forking import renewed_after_fork
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -135,6 +136,11 @@ class ZarrArray:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{where}: metadata is damaged: {error!r:.200}") from None
+        self.renew()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget the indices of shards."""
         self._indices: collections.OrderedDict[Path, npt.NDArray[np.uint64]] = (
             collections.OrderedDict()
         )

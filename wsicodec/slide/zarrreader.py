@@ -11,8 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -24,18 +23,16 @@ from wsicodec.errors import (
     UnsupportedError,
     WsicodecError,
 )
-from wsicodec.slide.cache import SegmentCache
-from wsicodec.slide.ometiff import MAX_LEVELS
+from wsicodec.slide.ometiff import MAX_ASSOCIATED, MAX_LEVELS
 from wsicodec.slide.omezarr import (
     ATTRIBUTES_FORMAT,
     ATTRIBUTES_VERSION,
-    MAX_ASSOCIATED,
     MODES,
     as_stream,
 )
 from wsicodec.slide.protocol import DEFAULT_CACHE_BYTES, AssociatedImage, Image, Level, SlideInfo
 from wsicodec.slide.record import FileRecord, parse_record
-from wsicodec.slide.region import region_of_tiles
+from wsicodec.slide.tiledreader import TiledReader
 from wsicodec.slide.zarrarray import ZarrArray, folder_bytes, inside, read_metadata
 
 MAX_BLOB_BYTES = 2**28
@@ -53,7 +50,7 @@ _MICROMETRES = {
 _LOSSY = ("wsicodec",)
 
 
-class ZarrReader:
+class ZarrReader(TiledReader):
     """An open OME-Zarr image.
 
     path: its folder. cache_bytes: decoded tiles kept at most; with two rows of the file's tiles in
@@ -74,9 +71,7 @@ class ZarrReader:
     def __init__(
         self, path: str | os.PathLike[str], cache_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:
-        self.path = Path(path)
-        self._closed = False
-        self._cache = SegmentCache(cache_bytes)
+        super().__init__(path, cache_bytes)
         if not self.path.is_dir():
             raise SlideError(f"{self.path}: is not a folder, as OME-Zarr images are")
         attributes = _attributes(self.path, str(self.path))
@@ -125,46 +120,9 @@ class ZarrReader:
             acquisition_date=_text(self._own.get("acquisition_date")),
         )
 
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """Resolutions, finest first."""
-        return self.info.levels
-
-    def read_region(self, level: int, y: int, x: int, height: int, width: int) -> Image:
-        """Pixels of a rectangle as a new uint8 (height, width, 3) RGB array.
-
-        level: index; y, x: top left pixel in that level; the rectangle must lie inside the level.
-
-        Raises SettingsError for a rectangle outside, SlideError naming a tile that is damaged.
-        """
-        self._level(level)
-        return region_of_tiles(
-            self.levels[level],
-            f"{self.path}: level {level}",
-            (y, x, height, width),
-            lambda row, column: self._tile(level, row, column),
-        )
-
-    def tile_bytes(self, level: int, row: int, column: int) -> bytes:
-        """Coded bytes of one of the file's own tiles, as they were before they were put into the
-        file; empty where the file has none; of all its channels one after the other.
-
-        Raises SettingsError for a tile outside the level, SlideError where bytes are missing.
-        """
-        self._check_tile(level, row, column)
-        return as_stream(self._levels[level].stored(row, column), self._codec)
-
-    def decode_tile(self, level: int, row: int, column: int) -> Image:
-        """Pixels of one of the file's own tiles, uint8, cropped to the level; not cached.
-
-        Raises SlideError or the error of our own codec, naming level, tile and reason.
-        """
-        self._check_tile(level, row, column)
-        return self._levels[level].decode(row, column, complete=self._complete)
-
     def read_associated(self, name: str) -> AssociatedImage:
         """The image of this name (one of ``info.associated``); SettingsError for another."""
-        self._level(0)
+        self._check_open()
         place = self._associated.get(name)
         if place is None:
             raise SettingsError(
@@ -187,28 +145,17 @@ class ZarrReader:
 
     def embedded_model(self) -> bytes | None:
         """Bytes of the model carried in the file, None without one. Nobody has checked them."""
-        self._level(0)
+        self._check_open()
         return self._blob("model")
 
     def embedded_passport(self) -> bytes | None:
         """Bytes of the quality passport, None without one; ``parse_passport`` checks them."""
-        self._level(0)
+        self._check_open()
         return self._blob("passport")
 
     def close(self) -> None:
         """Reading afterwards raises SlideError."""
         self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read_record(self) -> FileRecord | None:
         value = self._own.get("record")
@@ -244,27 +191,11 @@ class ZarrReader:
         folder = inside(self.path, places[name], where)
         return ZarrArray(folder, where).read_all(MAX_BLOB_BYTES)
 
-    def _level(self, level: int) -> _ImageArray:
-        if self._closed:
-            raise SlideError(f"{self.path}: the slide is closed")
-        if not 0 <= level < len(self._levels):
-            raise SettingsError(f"{self.path}: no level {level} among {len(self._levels)}")
-        return self._levels[level]
+    def _stored(self, level: int, row: int, column: int) -> bytes:
+        return as_stream(self._levels[level].stored(row, column), self._codec)
 
-    def _check_tile(self, level: int, row: int, column: int) -> None:
-        self._level(level)
-        grid = self.levels[level]
-        if not (0 <= row < grid.rows and 0 <= column < grid.columns):
-            raise SettingsError(
-                f"{self.path}: level {level}: no tile ({row}, {column}) in {grid.rows} rows and "
-                f"{grid.columns} columns"
-            )
-
-    def _tile(self, level: int, row: int, column: int) -> Image:
-        array = self._levels[level]
-        return self._cache.get(
-            (level, row, column), lambda: array.decode(row, column, complete=self._complete)
-        )
+    def _decode(self, level: int, row: int, column: int) -> Image:
+        return self._levels[level].decode(row, column, complete=self._complete)
 
 
 def _attributes(folder: Path, where: str) -> Mapping[str, Any]:

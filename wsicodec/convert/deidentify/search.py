@@ -6,6 +6,8 @@ import bisect
 import functools
 import html
 import json
+import os
+import urllib.parse
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -19,13 +21,17 @@ MIN_SECRET = 4
 """Characters of the shortest text that is looked for; shorter ones occur by chance."""
 _CERTAIN_BYTES = 7  # shorter patterns turn up in gigabytes of compressed pixels by chance
 _CHUNK = 2**22
+_SEPARATORS = (" ", "\n", "\r\n", "_", "+", "^")
+"""Between the words of a value, elsewhere. DICOM writes names with ``^``."""
 
 
 def leaks(path: str | Path, secrets: Collection[str]) -> list[str]:
     """Which of ``secrets`` a file holds, or a folder (OME-Zarr) with the names of all its files.
 
     secrets: of at least MIN_SECRET characters; shorter ones are passed over.
-    Looked for in UTF-8 and in UTF-16 of either byte order, plain and as JSON and XML escape them.
+    Looked for in UTF-8 and in UTF-16 of either byte order, plain and as JSON, XML and addresses
+    escape them; as they are, in upper and in lower case, and with other white space (a line break,
+    an underscore) between their words.
     Reads in pieces: memory does not follow the size of the file. Patterns of fewer than seven bytes
     would be found by chance in compressed pixels: they are looked for outside of the coded tiles of
     a TIFF and of the chunks of a zarr, and only where no letter or digit continues them.
@@ -38,12 +44,12 @@ def leaks(path: str | Path, secrets: Collection[str]) -> list[str]:
     if target.is_dir():
         for inner in sorted(target.rglob("*")):
             name = inner.relative_to(target).as_posix()
-            found.update(secret for secret in search.secrets if secret in name)
+            found.update(secret for secret in search.secrets if holds(os.fsencode(name), secret))
             if inner.is_file():
                 pixels = [] if inner.suffix == ".json" else [(0, 2**63)]
                 found.update(search.file(inner, pixels))
     else:
-        pixels = _tile_ranges(target) if search.shortest < _CERTAIN_BYTES else []
+        pixels = tile_ranges(target) if search.shortest < _CERTAIN_BYTES else []
         found.update(search.file(target, pixels))
     return sorted(found)
 
@@ -116,7 +122,15 @@ def _counts(
     return index < 0 or begin + place >= ranges[index][1]
 
 
-@functools.cache
+def forms(secret: str) -> list[str]:
+    """A secret in each case, with each of the usual separators between its words."""
+    words = secret.split()
+    spaced = [secret, *(between.join(words) for between in _SEPARATORS)]
+    cased = [form for text in spaced for form in (text, text.upper(), text.lower())]
+    return list(dict.fromkeys(cased if len(words) > 1 else cased[:3]))
+
+
+@functools.lru_cache(2**13)
 def _patterns(secret: str) -> tuple[bytes, ...]:
     """A secret as a file may hold it."""
     ways: list[Callable[[str], str]] = [
@@ -128,9 +142,9 @@ def _patterns(secret: str) -> tuple[bytes, ...]:
         lambda text: html.escape(text, quote=False).replace('"', "&quot;"),
         lambda text: html.escape(text, quote=False).encode("ascii", "xmlcharrefreplace").decode(),
     ]
+    ways += [lambda text: urllib.parse.quote(text, "", errors="surrogatepass")]
     found: dict[bytes, None] = {}
-    for way in ways:
-        text = way(secret)
+    for text in (way(form) for form in forms(secret) for way in ways):
         found.setdefault(text.encode("utf-8", "surrogatepass"))
         # without its last byte, and in big-endian its first, both orders are the same bytes
         wide = text.encode("utf-16-be", "surrogatepass")
@@ -146,7 +160,19 @@ def holds(data: bytes, secret: str) -> bool:
     return any(pattern in data for pattern in _patterns(secret))
 
 
-def _tile_ranges(path: Path) -> list[tuple[int, int]]:
+def occurs(text: str, words: str) -> bool:
+    """True if ``leaks`` would find a text in plain words; both in the same case."""
+    place = words.find(text)
+    while place >= 0:
+        end = place + len(text)
+        around = words[max(0, place - 1) : place] + words[end : end + 1]
+        if len(text) >= _CERTAIN_BYTES or not any(map(str.isalnum, around)):
+            return True
+        place = words.find(text, place + 1)
+    return False
+
+
+def tile_ranges(path: Path) -> list[tuple[int, int]]:
     """(start, end) of what is binary in a TIFF: coded tiles, strips, model, tile maps; in order.
 
     Empty for another file.

@@ -1,108 +1,30 @@
-"""One slide as a job for another process, and the processes of this machine that take such jobs."""
+"""Processes that take jobs, and those of this machine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from multiprocessing import connection as channels
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from wsicodec.convert.journal import LOST, Result, process, tree_bytes, tree_mtime_ms
-from wsicodec.convert.pipeline import convert
-from wsicodec.convert.plan import ConvertSettings
-from wsicodec.convert.results import ConvertProgress
-from wsicodec.convert.work import work_folder
-from wsicodec.errors import (
-    RuntimeMissingError,
-    SettingsError,
-    SlideError,
-    UnknownModelError,
-    UnsupportedError,
-    WsicodecError,
-)
+from wsicodec.convert.batch.jobs import Event, Failed, Job, Started, Succeeded, run_job
+from wsicodec.convert.batch.process import process
+from wsicodec.convert.batch.rows import LOST
+from wsicodec.errors import SlideError
 
-REPORT_SECONDS = 0.5
-"""Between two messages on how far a conversion is."""
 END_SECONDS = 15.0
 """A process that was told to end may tidy up for so long."""
 MAX_FALSE_STARTS = 3
 """Processes that may end, one after the other, before they are ready for their first slide."""
-_FINAL = (SettingsError, UnsupportedError, UnknownModelError, RuntimeMissingError)
-"""Errors that another attempt cannot change."""
-_HASH_BLOCK = 2**22
-
-
-@dataclass(frozen=True)
-class Job:
-    """A slide to convert, ready to be sent to another process.
-
-    settings: fields of ConvertSettings. replace_ours: an existing target is an earlier output of
-    the same batch, and may be replaced when it says that wsicodec wrote it. digest: compute the
-    source's SHA-256. reserved: bytes that other conversions may still write on the same disk.
-    """
-
-    id: int
-    source: str
-    target: str
-    settings: Mapping[str, Any]
-    replace_ours: bool = False
-    digest: bool = False
-    reserved: int = 0
-
-
-@dataclass(frozen=True)
-class Started:
-    """A job has begun. worker: by whom."""
-
-    id: int
-    worker: str
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """How far a job is. pixels: coded so far, of all levels."""
-
-    id: int
-    pixels_done: int
-    pixels: int
-    bytes_done: int
-
-
-@dataclass(frozen=True)
-class Succeeded:
-    """A job's result."""
-
-    id: int
-    result: Result
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why a job failed. final: another attempt would fail alike. lost: its process died."""
-
-    id: int
-    error: str
-    message: str
-    final: bool = False
-    lost: bool = False
-
-
-Event = Started | Advanced | Succeeded | Failed
-Emit = Callable[[Event], None]
 
 
 class Workers(Protocol):
@@ -127,144 +49,6 @@ class Workers(Protocol):
     def close(self) -> None:
         """End, without a trace of what is under way."""
         ...
-
-
-# -- in the process that converts --
-
-
-def packed(settings: ConvertSettings) -> dict[str, Any]:
-    """The fields of the settings, in types that can be sent."""
-    values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
-    return {
-        name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()
-    }
-
-
-def run_job(job: Job, emit: Emit) -> Succeeded | Failed:
-    """Convert one slide. Errors become Failed; only what ends the process is raised."""
-    try:
-        return Succeeded(job.id, _convert(job, emit))
-    except Exception as error:
-        kind = type(error).__name__
-        message = str(error) or kind
-        if not isinstance(error, WsicodecError):
-            message = f"{job.source}: {message}"
-        return Failed(job.id, kind, message, final=isinstance(error, _FINAL))
-
-
-def _convert(job: Job, emit: Emit) -> Result:
-    from wsicodec.slide.opening import open_slide
-
-    source, target = Path(job.source), Path(job.target)
-    digest = sha256_of(source) if job.digest else None
-    with open_slide(source) as slide:
-        info = slide.info
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise SlideError(f"{target}: folder cannot be made: {reason}") from error
-    remove_partial(target)
-    fields = dict(job.settings)
-    if job.replace_ours and _written_by_us(target):
-        fields["overwrite"] = True
-    # finished blocks outlive a process that is killed
-    settings = ConvertSettings(**{**fields, "resume": True})
-    pixels = sum(level.width * level.height for level in info.levels)
-    _check_space(target, info.file_bytes, pixels, settings, job.reserved)
-    report = convert(source, target, settings, _throttled(job.id, emit))
-    size, modified = tree_bytes(target), tree_mtime_ms(target)
-    if size is None or modified is None:
-        raise SlideError(f"{target}: is gone")
-    return Result(
-        bytes_in=report.source_bytes,
-        bytes_out=size,
-        target_mtime_ms=modified,
-        seconds=report.seconds,
-        mpp_x=info.mpp_x,
-        mpp_y=info.mpp_y,
-        sha256=digest,
-        report=report.as_dict(),
-    )
-
-
-def _throttled(identity: int, emit: Emit) -> Callable[[ConvertProgress], None]:
-    last = -REPORT_SECONDS
-
-    def progress(now: ConvertProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= REPORT_SECONDS:
-            last = time.monotonic()
-            emit(Advanced(identity, now.pixels_done, now.pixels, now.bytes_done))
-
-    return progress
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits. Raises SlideError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_HASH_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def remove_partial(target: Path) -> None:
-    """Remove partial files that a killed conversion to ``target`` left behind.
-
-    Only for whoever holds the slide in the journal: nobody else is writing this target then.
-    """
-    head, tail = f".{target.name}.", ".part"
-    with contextlib.suppress(OSError):
-        for name in os.listdir(target.parent):  # noqa: PTH208 - names are all that is needed
-            if name.startswith(head) and name.endswith(tail):
-                middle = name[len(head) : -len(tail)]
-                if middle.isascii() and middle.isdecimal():
-                    (target.parent / name).unlink(missing_ok=True)
-
-
-def remove_traces(target: Path) -> None:
-    """Remove all that conversions to ``target`` left, finished blocks among it; as above."""
-    remove_partial(target)
-    shutil.rmtree(work_folder(target), ignore_errors=True)
-
-
-def _written_by_us(target: Path) -> bool:
-    from wsicodec.slide.opening import open_slide
-
-    try:
-        with open_slide(target) as slide:
-            return slide.info.record is not None
-    except (WsicodecError, OSError):
-        return False
-
-
-def _check_space(
-    target: Path, source_bytes: int, pixels: int, settings: ConvertSettings, reserved: int
-) -> None:
-    """Raise SlideError where the disk has no room for what the conversion may take at most.
-
-    The output, and for a moment its finished blocks beside it: half of the source's bytes each, as
-    a rule; without loss half of the raw bytes each.
-    """
-    need = source_bytes
-    if settings.lossless and settings.codec != "copy" and not settings.lossless_transcode:
-        need = max(need, 3 * pixels)
-    try:
-        free = shutil.disk_usage(target.parent).free
-    except OSError:
-        return
-    if free - reserved < need:
-        beside = f", of which others under way may take {reserved:,}" if reserved else ""
-        raise SlideError(
-            f"{target}: the disk has {free:,} bytes free{beside}; up to {need:,} are needed"
-        )
-
-
-# -- processes of this machine --
 
 
 class LocalWorkers:

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 
-from wsicodec.convert.leaks import holds
+from wsicodec.convert.deidentify.search import holds
 
 _ICC_HEADER = 128
 _MAX_ICC_TAGS = 200

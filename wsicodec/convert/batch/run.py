@@ -5,175 +5,36 @@ each. Whatever happens to a slide, a worker, or the batch itself, a second run g
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import wsicodec
-from wsicodec.convert.batch_workers import (
+from wsicodec.convert.batch.finding import Findings, find_slides
+from wsicodec.convert.batch.jobs import (
     Advanced,
+    Event,
     Failed,
     Job,
-    LocalWorkers,
     Started,
     Succeeded,
-    Workers,
-    packed,
     remove_traces,
     sha256_of,
 )
-from wsicodec.convert.find import Findings, find_slides, name_targets
-from wsicodec.convert.journal import (
-    BEAT,
-    DONE,
-    FAILED,
-    LOST,
-    RUNNING,
-    WAITING,
-    Journal,
-    Listed,
-    Row,
-)
-from wsicodec.convert.plan import ConvertSettings
-from wsicodec.errors import SettingsError, SlideError
-from wsicodec.settings import MAX_THREADS, thread_budget
+from wsicodec.convert.batch.journal import Journal
+from wsicodec.convert.batch.naming import name_targets
+from wsicodec.convert.batch.process import BEAT
+from wsicodec.convert.batch.results import BatchProgress, BatchReport, Progress
+from wsicodec.convert.batch.rows import LOST, Listed, Row
+from wsicodec.convert.batch.settings import BatchSettings, packed
+from wsicodec.convert.batch.workers import LocalWorkers, Workers
+from wsicodec.errors import SlideError
+from wsicodec.settings import thread_budget
 
-JOURNAL_NAME = "wsicodec-batch.sqlite"
 TICK = 1.0
 """Seconds between two looks at the journal for what others have left over."""
-MAX_RETRIES = 100
-_WITHOUT_EFFECT = frozenset({"overwrite", "resume", "jobs", "in_process", "cache_bytes"})
-"""Settings that do not show in the output's bytes."""
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """How to convert many slides. Checked when built; raises SettingsError.
-
-    convert: for each slide; its ``overwrite`` also allows slides that are done with other settings
-    to be done again, and its ``jobs`` is set by the batch. jobs: slides at once, each in a process
-    of its own with its share of the thread budget; None for one, or with a scheduler for as many as
-    the cluster has threads. retries: further attempts, within a run, for a slide that fails.
-    patterns: as in ``find.find_slides``. suffix: of the outputs. sha256: tell changed sources by
-    their content instead of their time, which reads every byte. journal: default
-    ``wsicodec-batch.sqlite`` in the output folder; it holds the sources' names. scheduler: address
-    of a Dask cluster to convert on.
-    """
-
-    convert: ConvertSettings = field(default_factory=ConvertSettings)
-    jobs: int | None = None
-    retries: int = 2
-    patterns: tuple[str, ...] = ()
-    suffix: str = ".ome.tiff"
-    sha256: bool = False
-    journal: Path | None = None
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.jobs is not None and not 1 <= self.jobs <= MAX_THREADS:
-            raise SettingsError(f"jobs {self.jobs} is not within 1 ... {MAX_THREADS}")
-        if not 0 <= self.retries <= MAX_RETRIES:
-            raise SettingsError(f"retries {self.retries} is not within 0 ... {MAX_RETRIES}")
-        if not self.suffix.startswith(".") or not self.suffix.strip(".") or "/" in self.suffix:
-            raise SettingsError(f"suffix {self.suffix!r} must be like '.ome.tiff'")
-
-    def journal_in(self, output: Path) -> Path:
-        """Where the journal of this output folder is."""
-        return output / JOURNAL_NAME if self.journal is None else self.journal
-
-    def digest(self) -> str:
-        """Hash of all that decides an output's bytes, the model's digest among it."""
-        return hashlib.sha256(self.as_json().encode()).hexdigest()
-
-    def as_json(self) -> str:
-        """What ``digest`` is of."""
-        values = {k: v for k, v in packed(self.pinned()).items() if k not in _WITHOUT_EFFECT}
-        return json.dumps(values, sort_keys=True, default=str)
-
-    def pinned(self) -> ConvertSettings:
-        """``convert`` with the model by its digest: no worker may know another one by that name.
-
-        Raises UnknownModelError.
-        """
-        if self.convert.codec != "learned" or self.convert.lossless:
-            return self.convert
-        from wsicodec.models import find_model
-
-        return dataclasses.replace(self.convert, model=find_model(self.convert.model).digest)
-
-
-@dataclass(frozen=True)
-class BatchProgress:
-    """How far a batch is. row: a slide that was just settled, if any, or failed and waits again.
-
-    done, failed, slides: numbers of slides. running: of each under way, its name and share done.
-    bytes_in, bytes_out: of the slides that are done.
-    """
-
-    slides: int
-    done: int
-    failed: int
-    running: Mapping[str, float]
-    bytes_in: int
-    bytes_out: int
-    pixels_per_second: float
-    row: Row | None
-
-
-Progress = Callable[[BatchProgress], None]
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """What a journal says of slides. converted: by this very run. unreadable: folders."""
-
-    source: Path | None
-    output: Path
-    journal: Path
-    rows: tuple[Row, ...]
-    unreadable: tuple[str, ...]
-    converted: int
-    seconds: float
-
-    def count(self, state: str) -> int:
-        """Slides in this state."""
-        return sum(row.state == state for row in self.rows)
-
-    @property
-    def ok(self) -> bool:
-        """True when every slide is done, and every folder was read."""
-        return not self.unreadable and all(row.state == DONE for row in self.rows)
-
-    @property
-    def bytes_in(self) -> int:
-        """Of the slides that are done."""
-        return sum(row.bytes_in or 0 for row in self.rows if row.state == DONE)
-
-    @property
-    def bytes_out(self) -> int:
-        """Of the slides that are done."""
-        return sum(row.bytes_out or 0 for row in self.rows if row.state == DONE)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "source": None if self.source is None else str(self.source),
-            "output": str(self.output),
-            "journal": str(self.journal),
-            "slides": [row.as_dict() for row in self.rows],
-            "counts": {state: self.count(state) for state in (DONE, FAILED, RUNNING, WAITING)},
-            "converted": self.converted,
-            "unreadable": list(self.unreadable),
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "ratio": self.bytes_out / self.bytes_in if self.bytes_in else None,
-            "seconds": self.seconds,
-        }
 
 
 def convert_batch(
@@ -273,11 +134,11 @@ def _list(
 ) -> tuple[Findings, list[Listed]]:
     known = journal.known()
     # outputs may be among the sources
-    inside = os.path.realpath(target) != os.path.realpath(source)
+    apart = os.path.realpath(target) != os.path.realpath(source)
     findings = find_slides(
         source,
         settings.patterns,
-        skip=(target,) if inside else (),
+        skip=(target,) if apart else (),
         outputs=[target / name for name, _, _ in known.values()],
         known={name: (size, modified) for name, (_, size, modified) in known.items()},
     )
@@ -298,7 +159,7 @@ def _namer(suffix: str) -> Callable[[Sequence[str], Mapping[str, str]], Mapping[
 
 def _workers(settings: BatchSettings) -> Workers:
     if settings.scheduler is not None:
-        from wsicodec.convert.cluster import DaskWorkers
+        from wsicodec.convert.batch.cluster import DaskWorkers
 
         return DaskWorkers(settings.scheduler, settings.jobs)
     jobs = settings.jobs or 1
@@ -307,10 +168,13 @@ def _workers(settings: BatchSettings) -> Workers:
 
 @dataclass
 class _Underway:
-    """A slide that is being converted. pixels_done, pixels: coded and in all, 0 until known."""
+    """A slide that is being converted. pixels_done, pixels: coded and in all, 0 until known.
+
+    begun: how often, in this attempt: a cluster begins again where a worker was lost.
+    """
 
     row: Row
-    begun: bool = False
+    begun: int = 0
     pixels_done: int = 0
     pixels: int = 0
 
@@ -331,6 +195,7 @@ class _Run:
         self._source = source
         self._output = output
         self._settings = settings
+        self._convert = packed(dataclasses.replace(settings.pinned(), jobs=None))
         self._digest = digest
         self._progress = progress
         self._underway: dict[int, _Underway] = {}
@@ -349,10 +214,10 @@ class _Run:
             if not idle or now - self._looked >= TICK:
                 self._looked = now
                 self._hand_out(workers)
-                if not self._underway:
+                if workers.free() > 0:
                     self._journal.recover(self._settings.retries)
-                    if not self._journal.unsettled():
-                        return
+                if not self._underway and not self._journal.unsettled():
+                    return
             events = workers.events(TICK)
             idle = not any(isinstance(event, Succeeded | Failed) for event in events)
             for event in events:
@@ -370,14 +235,14 @@ class _Run:
                     row.id,
                     os.path.abspath(self._source / row.source),  # noqa: PTH100 - keeps links
                     os.path.abspath(self._output / row.target),  # noqa: PTH100
-                    packed(dataclasses.replace(self._settings.pinned(), jobs=None)),
+                    self._convert,
                     replace_ours=row.replace_ours,
                     digest=self._settings.sha256,
                     reserved=reserved,
                 )
             )
 
-    def _take(self, workers: Workers, event: Started | Advanced | Succeeded | Failed) -> None:
+    def _take(self, workers: Workers, event: Event) -> None:
         underway = self._underway.get(event.id)
         if underway is None:
             return
@@ -395,23 +260,25 @@ class _Run:
 
     def _restarted(self, underway: _Underway, worker: str) -> bool:
         """Write down who converts; True when the slide has begun too often."""
-        if not underway.begun:
-            underway.begun = True
+        underway.begun += 1
+        if underway.begun == 1:
             self._journal.assign(underway.row.id, worker)
             return False
         underway.pixels_done = 0
         return self._journal.restarted(underway.row.id, worker) > 1 + self._settings.retries
 
     def _settle(self, identity: int, outcome: Succeeded | Failed) -> None:
-        del self._underway[identity]
+        underway = self._underway.pop(identity)
         if isinstance(outcome, Succeeded):
             if self._journal.finish(identity, outcome.result):
                 self.converted += 1
         else:
             row = self._journal.row(identity)
             again = not outcome.final and row.tries <= self._settings.retries
+            # the output of a worker that was lost may be what stands in the way of its successor
+            lost = outcome.lost or underway.begun > 1
             ours = self._journal.fail(
-                identity, outcome.error, outcome.message, again=again, lost=outcome.lost
+                identity, outcome.error, outcome.message, again=again, lost=lost
             )
             if ours and not again:
                 remove_traces(self._output / row.target)

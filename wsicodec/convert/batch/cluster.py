@@ -16,8 +16,8 @@ import time
 from typing import Any
 
 import wsicodec
-from wsicodec.convert.batch_workers import Advanced, Event, Failed, Job, Started, Succeeded, run_job
-from wsicodec.convert.journal import LOST
+from wsicodec.convert.batch.jobs import Advanced, Event, Failed, Job, Started, Succeeded, run_job
+from wsicodec.convert.batch.rows import LOST
 from wsicodec.errors import RuntimeMissingError, SettingsError
 from wsicodec.settings import thread_budget
 
