@@ -128,8 +128,9 @@ def decode_foreign(stream: bytes, mode: str, height: int, width: int) -> np.ndar
 
 def jpeg_of_jpegxl(stream: bytes, most: int) -> bytes:
     """Section "Transcoded JPEG"."""
-    require(stream[4:8] == b"JXL ", "transcoded JPEG is no JPEG XL container")
-    at, boxes = 0, []
+    head = "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20"
+    require(stream[:32] == bytes.fromhex(head), "transcoded JPEG is no JPEG XL container")
+    at, boxes, levels = 32, [], 0
     while at < len(stream):
         require(at + 8 <= len(stream), "JPEG XL box")
         size, kind = struct.unpack(">I4s", stream[at : at + 8])
@@ -140,7 +141,9 @@ def jpeg_of_jpegxl(stream: bytes, most: int) -> bytes:
             start += 8
         end = at + size if size else len(stream)
         require(start <= end <= len(stream), "JPEG XL box")
-        require(kind in (b"JXL ", b"ftyp", b"jxll", b"jxlc", b"jxlp", b"jbrd"), f"box {kind!r}")
+        require(kind in (b"jxll", b"jxlc", b"jxlp", b"jbrd"), f"box {kind!r}")
+        levels += kind == b"jxll"
+        require(kind != b"jxll" or (levels == 1 and end - start == 1), "box jxll")
         boxes += [stream[start:end]] if kind == b"jbrd" else []
         at = end
     require(len(boxes) == 1, "boxes jbrd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -54,6 +55,7 @@ from wsicodec.convert.batch.naming import MAX_NAME_BYTES, name_targets
 from wsicodec.convert.batch.process import Process
 from wsicodec.convert.batch.rows import DONE, FAILED, LOST, RUNNING, WAITING, Listed, Result
 from wsicodec.convert.batch.settings import packed
+from wsicodec.convert.work import work_folder
 from wsicodec.errors import (
     FormatError,
     RuntimeMissingError,
@@ -63,6 +65,7 @@ from wsicodec.errors import (
     WsicodecError,
 )
 from wsicodec.slide.opening import open_slide
+from wsicodec.slide.placing import refused
 
 JPEG = ConvertSettings(codec="jpeg", measure="none", in_process=True)
 QUICK = BatchSettings(convert=JPEG, retries=0)
@@ -666,9 +669,41 @@ def test_disk_without_room(tmp_path: Path, svs: Path) -> None:
     outcome = run_job(job, lambda _: None)
     assert isinstance(outcome, Failed)
     assert outcome.error == "SlideError"
+    assert outcome.no_room
     assert "bytes free" in outcome.message
-    assert str(svs.stat().st_size)[-3:] in outcome.message
     assert not files(tmp_path)
+
+
+@pytest.mark.usefixtures("here")
+def test_finished_blocks_outlive_a_full_disk(
+    folder: Path, tmp_path: Path, svs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(folder, svs, "a.svs")
+    settings = dataclasses.replace(QUICK, retries=0)
+    usage = shutil._ntuple_diskusage(10**12, 10**12, 0)  # type: ignore[attr-defined]
+    with monkeypatch.context() as patched:
+        patched.setattr("wsicodec.convert.space.shutil.disk_usage", lambda _: usage)
+        (row,) = convert_batch(folder, tmp_path / "out", settings).rows
+        assert (row.state, row.error) == (FAILED, "SlideError")
+        work = work_folder(tmp_path / "out" / row.target)
+        work.mkdir()
+        (work / "blocks.bin").write_bytes(b"of hours")
+        (row,) = convert_batch(folder, tmp_path / "out", settings).rows
+        assert row.state == FAILED
+        assert (work / "blocks.bin").read_bytes() == b"of hours"
+        # and have their place already
+        with (work / "blocks.bin").open("ab") as file:
+            file.truncate(10**7)
+        (row,) = convert_batch(folder, tmp_path / "out", settings).rows
+        assert row.state == DONE
+
+
+def test_a_disk_that_fills_up_is_told_apart(tmp_path: Path) -> None:
+    error = refused(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
+    assert (error.errno, str(error)) == (
+        errno.ENOSPC,
+        f"{tmp_path}: cannot be written: the disk is full",
+    )
 
 
 def test_partial_files_of_the_dead_are_removed_and_no_others(tmp_path: Path) -> None:
@@ -923,9 +958,7 @@ def test_settings_hash() -> None:
         {"resume": True},
         {"cache_bytes": 1},
         {"block_size": 512},
-        {"model": "another"},
         {"tissue": "otsu"},
-        {"macro": "blank"},
         {"in_process": False},
     ]
     other = [

@@ -248,7 +248,15 @@ class TestDoctor:
         """The hook needs an installed wheel; test_autoload covers it."""
         main(["doctor", "--json"])
         checks = {check["name"]: check for check in _json(capsys)["checks"]}
-        for name in ("versions", "onnxruntime", "numba cache", "threads", "models", "round trip"):
+        for name in (
+            "versions",
+            "onnxruntime",
+            "numba cache",
+            "threads",
+            "codecs",
+            "models",
+            "round trip",
+        ):
             assert checks[name]["ok"], checks[name]
 
     def test_exit_code_and_fix(
@@ -356,17 +364,22 @@ def test_tool_is_the_same_command(svs: Path, tmp_path: Path) -> None:
     assert tifffile.imread(tmp_path / "a.tiff").shape == (300, 420, 3)
 
 
-@pytest.mark.parametrize("library", ["numba", "onnx", "imagecodecs"])
-def test_a_library_that_does_not_load_is_a_finding(library: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "failing"), [("numba", "numba cache"), ("imagecodecs", "codecs")]
+)
+def test_a_library_that_does_not_load_is_a_finding(library: str, failing: str) -> None:
     """Whichever check meets it first: no traceback, and the other checks are made all the same."""
     code = (
         f"import sys; sys.modules[{library!r}] = None\n"
-        "from wsicodec.cli import main; raise SystemExit(main(['doctor']))"
+        "from wsicodec.cli import main; raise SystemExit(main(['doctor', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "threads" in done.stdout
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert not checks[failing]["ok"] and checks[failing]["fix"]
+    assert checks["threads"]["ok"]
+    assert len(checks) == len(doctor.CHECKS)
 
 
 def test_compiler_turned_off() -> None:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import wsicodec
 from wsicodec import settings
 from wsicodec.codec import _share_out
 from wsicodec.errors import SettingsError
+from wsicodec.forking import renewed_after_fork
+from wsicodec.models.decoder import load_decoder
 
 FOLDER = Path(__file__).parent / "conformance"
 TILES = tuple(sorted(FOLDER.glob("decode/*.tile")))
@@ -221,6 +224,92 @@ def _fork_again(connection) -> None:
     child = multiprocessing.get_context("fork").Process(target=_send_digests, args=(connection,))
     child.start()
     child.join(60)
+
+
+def _child_status(work: Callable[[], bool]) -> int:
+    """Exit status of a forked child: 0 where ``work`` gives true, a signal's where it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        fine = False
+        try:
+            fine = work()
+        finally:
+            os._exit(0 if fine else 1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_fork_while_a_thread_builds_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_decoder((FOLDER / "tiny.wscm").read_bytes())
+    building, go_on, parent = threading.Event(), threading.Event(), os.getpid()
+
+    def build(*given: object) -> None:
+        if os.getpid() == parent:
+            building.set()
+            assert go_on.wait(60)
+
+    monkeypatch.setattr("wsicodec.models.decoder.fused_model", build)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: model.fused)
+        assert building.wait(20)
+        status = _child_status(lambda: model.fused is None and model._fused_tried)
+        go_on.set()
+        assert running.result(20) is None
+    assert status == 0
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_fork_while_a_thread_installs_into_tifffile() -> None:
+    from wsicodec.plugins import tifffile as plugin
+
+    holding, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with plugin._guard.lock:
+            holding.set()
+            assert go_on.wait(60)
+
+    def works() -> bool:
+        plugin.install()
+        return plugin.is_installed()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(hold)
+        assert holding.wait(20)
+        status = _child_status(works)
+        go_on.set()
+        running.result(20)
+    assert status == 0
+
+
+class _Thing:
+    """renewed: how often."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails, self.renewed = fails, 0
+
+    def renew(self) -> None:
+        self.renewed += 1
+        if self.fails:
+            raise RuntimeError("cannot be renewed")
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_what_cannot_be_renewed_keeps_nothing_else_from_it(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    things = [_Thing(fails=number % 2 == 0) for number in range(10)]
+    for thing in things:
+        renewed_after_fork(thing)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    assert _child_status(lambda: [thing.renewed for thing in things] == [1] * 10) == 0
+    things.clear()  # other tests fork too
+    del thing
+    assert capfd.readouterr().err.count("RuntimeError: cannot be renewed") == 1
 
 
 # -- WSICODEC_NUM_THREADS --

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,7 @@ from slides import (
 import wsicodec
 from wsicodec import metrics
 from wsicodec.cli import main
+from wsicodec.cli.common import print_report
 from wsicodec.convert import (
     ConvertProgress,
     ConvertSettings,
@@ -527,17 +529,54 @@ class TestSpace:
     def test_too_little(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
     ) -> None:
-        self.free(monkeypatch, 50_000)
-        with pytest.raises(SlideError, match=r"a\.tiff: the disk is full.*50,000 bytes"):
+        self.free(monkeypatch, 10_000)
+        with pytest.raises(SlideError, match=r"a\.tiff: the disk is full.*10,000 bytes") as caught:
             convert(CMU, tmp_path / "a.tiff", ConvertSettings(**settings))
+        assert caught.value.errno == errno.ENOSPC
         nothing_left(tmp_path)
 
-    def test_maybe_too_little(
+    @pytest.mark.filterwarnings("error")
+    def test_what_may_fit_is_tried(
         self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.free(monkeypatch, svs.stat().st_size)
-        with pytest.warns(UserWarning, match=r"a\.tiff: the disk has .* may be needed"):
-            convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg"))
+        self.free(monkeypatch, svs.stat().st_size // 16)
+        assert convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg")).warnings
+
+    def test_needed_by_others(
+        self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.free(monkeypatch, 10**9)
+        target, settings = tmp_path / "a.tiff", ConvertSettings("jpeg", overwrite=True)
+        assert convert(svs, target, settings, reserved=10**8).warnings == ()
+        (warning,) = convert(svs, target, settings, reserved=10**9).warnings
+        assert "1,000,000,000 of them may be needed by others" in warning
+        with pytest.raises(SlideError, match="disk is full"):
+            convert(svs, target, settings, reserved=10**15)
+
+    def test_file_systems_that_do_not_tell(
+        self, svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        zeros = shutil._ntuple_diskusage(0, 0, 0)  # type: ignore[attr-defined]
+        monkeypatch.setattr("wsicodec.convert.space.shutil.disk_usage", lambda _: zeros)
+        assert convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg")).warnings == ()
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("codec", ["jpeg", "copy"])
+    def test_maybe_too_little(
+        self,
+        svs: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        codec: str,
+    ) -> None:
+        self.free(monkeypatch, svs.stat().st_size - 1)
+        report = convert(svs, tmp_path / "a.tiff", ConvertSettings(codec))
+        (warning,) = report.warnings
+        assert re.search(r"a\.tiff: the disk has .* may be needed", warning)
+        assert report.as_dict()["warnings"] == [warning]
+        print_report(report)
+        assert f"  warning: {warning}\n" in capsys.readouterr().out
 
     @pytest.mark.filterwarnings("error")
     def test_finished_blocks_have_their_place(
@@ -554,9 +593,51 @@ class TestSpace:
         convert(svs, target, settings)
 
     def test_is_there(self, svs: Path, tmp_path: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg"))
+        assert convert(svs, tmp_path / "a.tiff", ConvertSettings("jpeg")).warnings == ()
+
+
+class TestPlacing:
+    """What the system refuses is said of the file that it was refused for."""
+
+    def test_errors_of_the_body_are_not_the_target_s(self, tmp_path: Path) -> None:
+        target = tmp_path / "a"
+        with (
+            pytest.raises(FileNotFoundError, match="missing"),
+            placing.atomic_file(target, overwrite=False),
+        ):
+            (tmp_path / "missing").open()
+        with (
+            pytest.raises(FileNotFoundError, match="missing"),
+            placing.atomic_folder(target, overwrite=False),
+        ):
+            (tmp_path / "missing").open()
+        nothing_left(tmp_path)
+
+    def test_writes_of_a_folder_are(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(SlideError, match=r"a: cannot be written: No such file"),
+            placing.atomic_folder(tmp_path / "a", overwrite=False) as folder,
+        ):
+            (folder / "b" / "c").write_bytes(b"c")
+        nothing_left(tmp_path)
+
+    @pytest.mark.parametrize("array", [False, True])
+    def test_writes_of_the_file_are(self, tmp_path: Path, array: bool) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            with (
+                pytest.raises(SlideError, match=r"a: cannot be written: .*file of this size") as no,
+                placing.atomic_file(tmp_path / "a", overwrite=False) as file,
+            ):
+                if array:
+                    tifffile.imwrite(file, np.zeros((300, 300), np.uint8))
+                else:
+                    file.write(bytes(90_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert no.value.errno == errno.EFBIG
+        nothing_left(tmp_path)
 
 
 class TestFailuresLeaveNothing:

@@ -749,6 +749,20 @@ class TestTiles:
         with pytest.raises(UnsupportedError, match="ff f3"):
             cleaned(7, planted)
 
+    def test_segments_that_decoders_skip(self) -> None:
+        """A number of lines that is a name; segments that no decoder of pictures knows."""
+        image = np.ascontiguousarray(tissue(64, 64))
+        stream = bytes(imagecodecs.jpeg8_encode(image, level=80))
+        planted = stream[:-2] + b"\xff\xdc\x00\x0cMustermann" + stream[-2:]
+        with pytest.raises(UnsupportedError, match="ff dc"):
+            cleaned(7, planted)
+        stream = bytes(imagecodecs.jpeg2k_encode(image, level=0, codecformat="j2k"))
+        at = stream.index(b"\xff\x52")
+        planted = stream[:at] + b"\xff\x6f\x00\x0cMustermann" + stream[at:]
+        np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(planted), image)
+        with pytest.raises(UnsupportedError, match="ff 6f"):
+            cleaned(33005, planted)
+
     @pytest.mark.parametrize("known_length", [True, False])
     def test_comment_in_a_tile_part(self, known_length: bool) -> None:
         image = np.ascontiguousarray(tissue(64, 64))

@@ -150,6 +150,48 @@ class TestSound:
             stream[:start] + b"\xff" * 9 + stream[start:-2] + b"\xff" * 5 + b"\xff\xd9" + b"any"
         )
 
+    @pytest.mark.parametrize("padding", [b"\0" * 3, b"\0" * 64, b"\xff\0" * 3, b"\xff\0\0\0"])
+    @pytest.mark.parametrize("restarts", [0, 2])
+    def test_padding_behind_the_last_block(self, padding: bytes, restarts: int) -> None:
+        """Some encoders fill up to whole words; decoders see all blocks."""
+        options = {"restart_marker_blocks": restarts} if restarts else {}
+        for size in ((40, 40), (16, 16), (64, 72)):
+            stream = _jpeg(tissue(*size), **options)
+            padded = stream[:-2] + padding + b"\xff\xff\xff\xd9"
+            np.testing.assert_array_equal(
+                imagecodecs.jpeg8_decode(padded), imagecodecs.jpeg8_decode(stream)
+            )
+            check_scans(padded)
+            for more in (b"\0" * 66, b"\0\1", b"\xff\0" * 33, b"\xff\xd0\0"):
+                with pytest.raises(FormatError, match=r"left over|no marker"):
+                    check_scans(stream[:-2] + more + b"\xff\xd9")
+
+    def test_tables_without_an_end(self, tiles: list[tuple[bytes, bytes | None]]) -> None:
+        stream, tables = tiles[0]
+        assert tables is not None and tables.endswith(b"\xff\xd9")
+        check_scans(stream, tables[:-2])
+        for wrong, word in (
+            (tables[:-3], "no end marker"),
+            (tables[:-4] + b"\xff\xd9", "no end marker"),
+            (tables[:-9], "cut short"),
+            (tables[2:], "ff d8"),
+            (tables[:2] + b"\0" + tables[2:], "no marker at byte 2"),
+            (b"", "ff d8"),
+        ):
+            with pytest.raises(FormatError, match=rf"^JPEG tables of the directory .*{word}"):
+                check_scans(stream, wrong)
+
+    def test_restart_interval_of_the_tables(self, tiles: list[tuple[bytes, bytes | None]]) -> None:
+        """Ends with the start of the image, for libjpeg too."""
+        stream, tables = tiles[0]
+        assert tables is not None
+        more = tables[:-2] + b"\xff\xdd\0\4\0\1\xff\xd9"
+        np.testing.assert_array_equal(
+            imagecodecs.jpeg8_decode(stream, tables=more),
+            imagecodecs.jpeg8_decode(stream, tables=tables),
+        )
+        check_scans(stream, more)
+
 
 def _apart() -> bytes:
     """Three grey images as the components of one, each in a scan of its own."""

@@ -20,6 +20,7 @@ import tifffile
 from PIL import Image
 from slides import CMU, data_slide, tissue, write_svs
 
+from wsicodec.convert.source import Source
 from wsicodec.errors import (
     LimitError,
     RuntimeMissingError,
@@ -29,10 +30,11 @@ from wsicodec.errors import (
     WsicodecError,
 )
 from wsicodec.slide import openslide as module
+from wsicodec.slide import parts
 from wsicodec.slide.dates import aperio_date, iso_date, openslide_date, tiff_date
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.openslide import OpenSlideReader
-from wsicodec.slide.parts import slide_bytes
+from wsicodec.slide.parts import slide_bytes, slide_files
 from wsicodec.slide.tiff import TiffReader
 
 TILE = 128
@@ -580,7 +582,52 @@ class TestFileBytes:
         (tmp_path / "folder").mkdir()
         os.mkfifo(tmp_path / "pipe")
         properties = {"dicom.SeriesInstanceUID": series.decode()}
+        # a neighbour that cannot be read, even by root
+        (tmp_path / "d.dcm").symlink_to("/proc/self/mem")
         assert slide_bytes(path, "dicom", properties) == 2 * len(content) + 100
+
+    def test_of_a_dicom_slide_among_many_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        series = b"1.2.3.4.5.6"
+        head = b"\0" * 128 + b"DICM" + b"\x20\x00\x0e\x00UI\x0c\x00" + series + b"\0"
+        for number in range(20):
+            (tmp_path / f"{number}.dcm").write_bytes(head)
+            (tmp_path / f"{number}.txt").write_bytes(head)
+        path, properties = tmp_path / "0.dcm", {"dicom.SeriesInstanceUID": series.decode()}
+        names = [file.name for file in slide_files(path, "dicom", properties)]
+        assert names[0] == "0.dcm"
+        assert sorted(names) == sorted(f"{number}.dcm" for number in range(20))
+        monkeypatch.setattr("wsicodec.slide.parts._MAX_NEIGHBOURS", 5)
+        assert 5 <= len(slide_files(path, "dicom", properties)) <= 6
+
+    def test_files_that_vanish_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write_mirax(tmp_path / "a.mrxs", tissue(512, 768))
+        whole = slide_bytes(path, "mirax", {})
+        below = parts.files_below
+        monkeypatch.setattr(parts, "files_below", lambda folder: [*below(folder), folder / "gone"])
+        assert slide_bytes(path, "mirax", {}) == whole
+
+    @pytest.mark.parametrize(("name", "writer"), [("a.mrxs", write_mirax), ("a.vms", write_vms)])
+    def test_a_change_of_any_is_seen(self, tmp_path: Path, name: str, writer: Writer) -> None:
+        path = writer(tmp_path / name, tissue(512, 768))
+        (tmp_path / "another.jpg").write_bytes(b"of nobody")
+        with open_slide(path) as slide:
+            source = Source(slide.info)
+        (tmp_path / "another.jpg").write_bytes(b"of somebody")
+        source.check_unchanged(None)
+        others = [file for file in tmp_path.rglob("*") if file.is_file()]
+        others.remove(tmp_path / "another.jpg")
+        assert len(others) > 2
+        for file in others:
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(SlideError, match="changed while"):
+                source.check_unchanged(None)
+            file.write_bytes(content)
+            source.check_unchanged(None)
 
 
 class TestThreads:
@@ -626,6 +673,39 @@ class TestThreads:
                 slide.read_region(0, 0, 0, level.height, level.width), expected
             )
         assert status == 0
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+    def test_fork_makes_nothing_before_it_is_needed(self, tmp_path: Path) -> None:
+        """Neither for slides that are closed nor for each generation of processes."""
+        path = write_mirax(tmp_path / "a.mrxs", tissue(512, 768))
+        closed = OpenSlideReader(path)
+        closed.close()
+        with OpenSlideReader(path) as slide:
+            expected = slide.read_region(0, 0, 0, 300, 300)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                grandchild = os.fork()
+                if grandchild:
+                    os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+                fine = closed._handle._left_behind == [] and closed._handle._tiles is None
+                fine &= slide._handle._tiles is None and len(slide._handle._left_behind) == 2
+                found = slide.read_region(0, 0, 0, 300, 300)
+                fine &= np.array_equal(found, expected) and slide._handle._tiles is not None
+                os._exit(0 if fine else 1)
+            assert os.waitpid(child, 0)[1] == 0
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+    def test_fork_while_another_thread_closes(self, tmp_path: Path) -> None:
+        slide = OpenSlideReader(write_mirax(tmp_path / "a.mrxs", tissue(512, 768)))
+        slide.close()
+        with slide._handle._changed:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends a child that waits
+                slide.close()
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
 
     def test_closing_waits_for_reads(self, tmp_path: Path) -> None:
         """OpenSlide would read freed memory."""

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -874,6 +875,85 @@ class TestBombs:
             found = declared_size(bytes(stream), compression)
             assert found is not None
             assert found[:2] == (height, width), compression
+
+    @staticmethod
+    def _hidden() -> dict[str, tuple[int, bytes]]:
+        """Streams of 600 x 600 pixels that libraries decode, by what used to hide their size."""
+        pixels = np.full((600, 600, 3), 240, np.uint8)
+        jpeg = bytes(imagecodecs.jpeg_encode(pixels, level=50))
+        jp2 = bytes(imagecodecs.jpeg2k_encode(pixels, level=30, codecformat="jp2"))
+        jxl = bytes(imagecodecs.jpegxl_encode(pixels, effort=1, usecontainer=True))
+        webp = bytes(imagecodecs.webp_encode(pixels, level=10, lossless=False))
+
+        def box(content: bytes) -> bytes:
+            return struct.pack(">I4s", 8 + len(content), b"free") + content
+
+        first, codestream = jxl.index(b"jxlc") - 4, jp2.index(b"\xff\x4f\xff\x51")
+        return {
+            "TEM behind SOI": (7, jpeg[:2] + b"\xff\x01" + jpeg[2:]),
+            "RST behind SOI": (7, jpeg[:2] + b"\xff\xd3" + jpeg[2:]),
+            "stray bytes in JPEG": (7, jpeg[:2] + b"\0\1\xff\0" + jpeg[2:]),
+            "size in a box": (34712, jp2[:32] + box(b"\xff\x4f\xff\x51" + bytes(60)) + jp2[32:]),
+            "many boxes": (34712, jp2[:32] + box(bytes(5000)) + jp2[32:]),
+            "marker before SIZ": (
+                34712, jp2[: codestream + 2] + b"\xff\x30" + jp2[codestream + 2 :],
+            ),
+            "jxlc in a box": (50002, jxl[:first] + box(b"jxlc\xff\x0a" + bytes(60)) + jxl[first:]),
+            "jxlp in parts": (
+                50002,
+                jxl[:first]
+                + struct.pack(">I4sI", 15, b"jxlp", 0)
+                + jxl[first + 8 : first + 11]
+                + struct.pack(">I4sI", 12 + len(jxl) - first - 11, b"jxlp", 2**31 + 1)
+                + jxl[first + 11 :],
+            ),
+            "WebP without RIFF": (50001, webp[20:]),
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("name", _hidden())
+    def test_hidden_sizes(self, tmp_path: Path, name: str) -> None:
+        compression, bomb = self._hidden()[name]
+        path = tmp_path / "a.tif"
+        settings: dict[str, Any] = {
+            "shape": (64, 64, 3),
+            "dtype": "uint8",
+            "photometric": "rgb",
+            "tile": (64, 64),
+            "compression": compression,
+            "metadata": None,
+        }
+        tifffile.imwrite(path, iter([bomb]), **settings)
+        # libraries take it for what it is
+        decode = {7: imagecodecs.jpeg_decode, 34712: imagecodecs.jpeg2k_decode,
+                  50002: imagecodecs.jpegxl_decode, 50001: imagecodecs.webp_decode}  # fmt: skip
+        assert decode[compression](bomb).shape == (600, 600, 3)
+        with TiffReader(path) as slide, pytest.raises((LimitError, SlideError)) as caught:
+            slide.read_region(0, 0, 0, 64, 64)
+        assert "in the place of 64 x 64" in str(caught.value) or "how large" in str(caught.value)
+        assert "tile at row 0, column 0" in str(caught.value)
+
+    def test_of_any_depth(self) -> None:
+        """Slides hold what the codec of tiles refuses."""
+        from wsicodec.slide.streams import declared_size
+
+        for image in (np.zeros((70, 90), np.uint8), np.zeros((70, 90, 3), np.uint16)):
+            for codecformat in ("jp2", "j2k"):
+                stream = imagecodecs.jpeg2k_encode(image, level=0, codecformat=codecformat)
+                assert declared_size(bytes(stream), 34712) == (70, 90, image[0, 0].size)
+            for boxed in (False, True):
+                stream = imagecodecs.jpegxl_encode(image, effort=1, usecontainer=boxed)
+                assert declared_size(bytes(stream), 50002) == (70, 90, 0)
+
+    def test_long_rows_of_nothing(self) -> None:
+        from wsicodec.slide.streams import declared_size
+
+        started = time.perf_counter()
+        boxes = b"\0\0\0\x08free" * 10**6
+        assert declared_size(boxes, 34712) is None
+        assert declared_size(boxes, 50002) is None
+        for filling in (b"\xff\xe0\0\2", b"\xff\1", b"\xff\0", b"\xff", b"\0"):
+            assert declared_size(b"\xff\xd8" + filling * 10**6, 7) is None
+        assert time.perf_counter() - started < 3
 
 
 class TestResolution:

@@ -228,6 +228,28 @@ def test_boxes_beside_the_stream_are_refused() -> None:
             jpeg_of(Tile(Mode.TRANSCODED, 32, 32, changed))
 
 
+def test_nothing_hides_in_the_boxes_of_the_start() -> None:
+    packed = bytes(imagecodecs.jpegxl_encode_jpeg(jpeg(tissue(32, 32))))
+    start, rest = packed[:32], packed[32:]
+    longer = start[:12] + struct.pack(">I", 24) + start[16:] + b"name" + rest
+    levels = start + 2 * struct.pack(">I4sB", 9, b"jxll", 5) + rest
+    level = start + struct.pack(">I4sB", 12, b"jxll", 5) + b"abc" + rest
+    for changed in (longer, levels, level, start + start + rest):
+        with pytest.raises(FormatError):
+            jpeg_of(Tile(Mode.TRANSCODED, 32, 32, changed))
+
+
+def test_strips_with_fill_bytes_come_back() -> None:
+    """T.81 allows any number of ff before a marker."""
+    stored, pixels = striped(tissue(128, 256), 128)
+    filled = stored.segments[0].replace(b"\xff\xc0", b"\xff\xff\xff\xc0", 1)
+    found = repack(dataclasses.replace(stored, segments=(filled,)), pixels)
+    assert found is not None
+    packed = dataclasses.replace(stored, compression=60642, segments=found.tiles)
+    back = unpack(packed)
+    assert back is not None and back.segments == (filled,)
+
+
 def test_cmyk_is_refused() -> None:
     image = np.dstack([tissue(32, 32), tissue(32, 32)[..., 0]])
     stream = bytes(imagecodecs.jpeg8_encode(image, colorspace="CMYK", outcolorspace="CMYK"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -25,10 +26,12 @@ from slides import CMU, ROOT, nothing_left, tissue, write_svs
 
 from wsicodec.convert import ConvertPlan, ConvertProgress, ConvertSettings, convert, make_plan
 from wsicodec.convert.blocks import Block, CodedBlock
+from wsicodec.convert.source import Source, SourceDigest
 from wsicodec.convert.tiles import GLASS, CodedTile
 from wsicodec.convert.work import Work, work_folder
 from wsicodec.errors import SlideError
 from wsicodec.slide.opening import open_slide
+from wsicodec.slide.record import SourceIdentity
 
 COMMAND = [sys.executable, "-m", "wsicodec.cli", "convert"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -110,8 +113,84 @@ def test_a_changed_zarr_begins_afresh(svs: Path, tmp_path: Path) -> None:
     settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True)
     with pytest.raises(Stopped):
         convert(source, tmp_path / "a.ome.tiff", settings, stop_after(20))
-    os.utime(source / "0" / "c" / "0" / "0" / "0", ns=(1, 1))
+    shutil.rmtree(source)
+    convert(svs, source, ConvertSettings("jpeg", levels=1, quality=30))
     assert convert(source, tmp_path / "a.ome.tiff", settings).resumed == 0
+
+
+@pytest.mark.parametrize("zarr", [False, True])
+def test_a_copy_is_the_same_source(svs: Path, tmp_path: Path, zarr: bool) -> None:
+    """As after ``touch``, ``rsync`` without times, or a file manager's visit."""
+    source = tmp_path / "a.svs"
+    if zarr:
+        source = tmp_path / "a.zarr"
+        convert(svs, source, ConvertSettings("jpeg", levels=1))
+    else:
+        source.write_bytes(svs.read_bytes())
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True)
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "a.ome.tiff", settings, stop_after(20))
+    for path in (source, *source.rglob("*")):
+        os.utime(path, ns=(1, 1))
+    if zarr:
+        (source / ".DS_Store").write_bytes(b"a place on a desktop")
+        (source / "0" / ".nfs0001").write_bytes(b"removed, and open somewhere")
+    assert convert(source, tmp_path / "a.ome.tiff", settings).resumed > 0
+
+
+def test_links_that_lead_nowhere(svs: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.zarr"
+    convert(svs, source, ConvertSettings("jpeg", levels=1))
+    (source / "note").symlink_to("nowhere")
+    convert(source, tmp_path / "a.ome.tiff", ConvertSettings("jpeg"))
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "copy"])
+def test_a_source_that_is_touched_meanwhile(svs: Path, tmp_path: Path, codec: str) -> None:
+    source = tmp_path / "a.svs"
+    source.write_bytes(svs.read_bytes())
+    convert(source, tmp_path / "a.ome.tiff", ConvertSettings(codec), lambda _: os.utime(source))
+    with open_slide(tmp_path / "a.ome.tiff") as slide:
+        assert slide.info.record is not None
+        assert slide.info.record.source is not None
+        assert slide.info.record.source.sha256 == hashlib.sha256(svs.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "copy"])
+def test_a_source_that_changes_while_its_digest_is_awaited(
+    svs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    source = tmp_path / "a.svs"
+    source.write_bytes(svs.read_bytes())
+
+    class Slow(SourceDigest):
+        def identity(self) -> SourceIdentity | None:
+            with source.open("ab") as file:
+                file.write(b"more")
+            return super().identity()
+
+    monkeypatch.setattr("wsicodec.convert.pipeline.SourceDigest", Slow)
+    with pytest.raises(SlideError, match=r"a\.svs: changed while"):
+        convert(source, tmp_path / "a.ome.tiff", ConvertSettings(codec))
+    nothing_left(tmp_path, "a.svs")
+
+
+def test_a_change_that_no_sample_shows(svs: Path, tmp_path: Path) -> None:
+    """What has another time is read whole where a digest can tell."""
+    path = tmp_path / "large.svs"
+    path.write_bytes(svs.read_bytes())
+    os.truncate(path, 40 * 2**20)
+    with open_slide(path) as slide:
+        files, digest = Source(slide.info), SourceDigest(slide.info)
+    identity = digest.identity()
+    os.utime(path, ns=(1, 1))
+    files.check_unchanged(identity)
+    with path.open("r+b") as file:
+        file.seek(39 * 2**20 // 17 * 3 - 100)
+        file.write(b"!")
+    assert Source(slide.info).content == files.content
+    with pytest.raises(SlideError, match="changed while"):
+        files.check_unchanged(identity)
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "copy"])

@@ -156,6 +156,8 @@ def print_report(report: ConvertReport) -> None:
         print(f"  kept beside the pyramid: {', '.join(report.associated)}")
     if report.dropped:
         print(f"  not kept: {', '.join(report.dropped)}")
+    for warning in report.warnings:
+        print(f"  warning: {warning}")
 
 
 @contextlib.contextmanager

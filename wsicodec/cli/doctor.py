@@ -181,6 +181,26 @@ def check_threads() -> Check:
     return Check("threads", True, f"{budget} (by {source}) of {os.cpu_count()} cores")
 
 
+def check_codecs() -> Check:
+    """Do the codecs of imagecodecs work that slides and tiles of other modes are coded with."""
+    import numpy as np
+
+    import wsicodec
+    from wsicodec.codec.reference import REFERENCE_CODECS
+
+    image = np.full((16, 16, 3), 200, np.uint8)
+    broken = {}
+    for codec in REFERENCE_CODECS:
+        try:
+            wsicodec.decode(wsicodec.encode(image, codec=codec))
+        except WsicodecError as error:
+            broken[codec] = str(error)
+    if broken:
+        detail = "; ".join(f"{codec} does not work: {why}" for codec, why in broken.items())
+        return Check("codecs", False, detail, "pip install --force-reinstall imagecodecs")
+    return Check("codecs", True, ", ".join(REFERENCE_CODECS))
+
+
 def check_models() -> Check:
     """Are the model files what their digests say."""
     from wsicodec.models import models
@@ -229,6 +249,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_onnxruntime,
     check_numba_cache,
     check_threads,
+    check_codecs,
     check_models,
     check_round_trip,
 )

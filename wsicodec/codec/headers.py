@@ -245,7 +245,7 @@ def _j2k_check_pieces(
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """A box: its type and where its content starts and ends in the data."""
 
     kind: bytes
@@ -253,7 +253,7 @@ class _Box:
     end: int
 
 
-def _boxes(data: bytes, what: str, start: int = 0, end: int | None = None) -> Iterator[_Box]:
+def boxes(data: bytes, what: str, start: int = 0, end: int | None = None) -> Iterator[Box]:
     """The boxes of a window of the data; TruncatedError where one leaves it."""
     end = len(data) if end is None else end
     while start < end:
@@ -266,7 +266,7 @@ def _boxes(data: bytes, what: str, start: int = 0, end: int | None = None) -> It
             raise FormatError(f"{what} box {kind!r} of {size} bytes is shorter than its header")
         if stop > end:
             raise TruncatedError(f"{what} box {kind!r} at byte {start} has {end - start} of {size}")
-        yield _Box(kind, reader.pos, stop)
+        yield Box(kind, reader.pos, stop)
         start = stop
 
 
@@ -278,7 +278,8 @@ _JXL_HEADER_BYTES = 64
 MAX_TRANSCODED_SEGMENTS = 64
 """APPn and COM segments, and stray bytes between segments, that a transcoded JPEG may bring: each
 can unfold from nothing to 64 KiB."""
-_JXL_STREAM = (b"JXL ", b"ftyp", b"jxlc", b"jxlp", b"jxll")
+_JXL_START = JXL_BOX_MAGIC + b"\0\0\0\x14ftypjxl \0\0\0\0jxl "
+_JXL_STREAM, _JXL_METADATA = (b"jxlc", b"jxlp"), (b"Exif", b"xml ")
 _JBRD = b"jbrd"
 _JBRD_START = 1024
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
@@ -289,7 +290,7 @@ def jpegxl_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     if data.startswith(JXL_MAGIC):
         return _jxl_header(data[2 : 2 + _JXL_HEADER_BYTES])
     head = b""
-    for box in _boxes(data, "JPEG XL"):
+    for box in boxes(data, "JPEG XL"):
         # jxlc: the codestream; jxlp: a part of it, behind a counter
         if box.kind in (b"jxlc", b"jxlp"):
             start = box.start + (4 if box.kind == b"jxlp" else 0)
@@ -301,20 +302,23 @@ def jpegxl_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     return _jxl_header(head[2:])
 
 
-def transcoded_size(data: bytes) -> tuple[int, int]:
+def transcoded_size(data: bytes, *, metadata: bool = False) -> tuple[int, int]:
     """(height, width) of a JPEG XL file that holds what turns it back into a JPEG stream.
 
     ISO/IEC 18181-2, box ``jbrd``. The list of the JPEG's markers, at the start of that box, tells
-    how much else libjxl would unfold; other boxes (EXIF, XMP) are refused.
+    how much else libjxl would unfold. metadata: boxes of EXIF and XMP may be there; else nothing
+    but what the picture needs.
     """
     what = "transcoded JPEG"
-    if not data.startswith(JXL_BOX_MAGIC):
+    if not data.startswith(_JXL_START):
         raise FormatError(f"{what} is not a JPEG XL container")
-    found = []
-    for box in _boxes(data, what):
+    found, levels = [], 0
+    for box in boxes(data, what, len(_JXL_START)):
         if box.kind == _JBRD:
             found.append(data[box.start : box.end])
-        elif box.kind not in _JXL_STREAM:
+        elif box.kind == b"jxll" and box.end - box.start == 1 and not levels:
+            levels += 1
+        elif box.kind not in _JXL_STREAM and not (metadata and box.kind in _JXL_METADATA):
             raise FormatError(f"{what} holds a box {box.kind!r}")
     if len(found) != 1:
         raise FormatError(f"{what} holds {len(found)} boxes of what it takes to turn it back")
@@ -403,8 +407,8 @@ def avif_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     what, sequence = "AVIF", "AVIF image sequence; wsicodec reads stills"
     if data[8:12] == b"avis":
         raise UnsupportedError(sequence)
-    meta: _Box | None = None
-    for box in _boxes(data, what):
+    meta: Box | None = None
+    for box in boxes(data, what):
         if box.kind == b"moov":
             raise UnsupportedError(sequence)
         if box.kind == b"meta":
@@ -414,7 +418,7 @@ def avif_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     if meta is None:
         raise TruncatedError(f"AVIF of {len(data)} bytes ends before its meta box")
     # meta is a full box: version and flags come first
-    inner = {b.kind: b for b in _boxes(data, "AVIF meta", meta.start + 4, meta.end)}
+    inner = {b.kind: b for b in boxes(data, "AVIF meta", meta.start + 4, meta.end)}
     for kind in (b"pitm", b"iinf", b"iloc", b"iprp"):
         if kind not in inner:
             raise FormatError(f"AVIF file has no {kind.decode()} box")
@@ -425,19 +429,19 @@ def avif_size(data: bytes, *, whole: bool) -> tuple[int, int]:
     return height, width
 
 
-def _full(data: bytes, box: _Box) -> tuple[_Bytes, int, int]:
+def _full(data: bytes, box: Box) -> tuple[_Bytes, int, int]:
     """A reader behind version and flags of a full box, the version, the flags."""
     reader = _Bytes(data, "AVIF box", box.start, box.end)
     return reader, reader.uint(1), reader.uint(3)
 
 
-def _avif_primary(data: bytes, pitm: _Box, iinf: _Box) -> int:
+def _avif_primary(data: bytes, pitm: Box, iinf: Box) -> int:
     """The number of the primary item, which must be a coded image, not a grid of them."""
     reader, version, _ = _full(data, pitm)
     primary = reader.uint(4 if version else 2)
     reader, version, _ = _full(data, iinf)
     reader.take(4 if version else 2)
-    for box in _boxes(data, "AVIF items", reader.pos, iinf.end):
+    for box in boxes(data, "AVIF items", reader.pos, iinf.end):
         if box.kind != b"infe":
             continue
         entry, version, _ = _full(data, box)
@@ -453,18 +457,18 @@ def _avif_primary(data: bytes, pitm: _Box, iinf: _Box) -> int:
     raise FormatError(f"AVIF file does not list its primary item {primary}")
 
 
-def _avif_properties(data: bytes, iprp: _Box, item: int) -> tuple[int, int]:
+def _avif_properties(data: bytes, iprp: Box, item: int) -> tuple[int, int]:
     """(height, width) of an item; refuses other than upright 8-bit RGB."""
     what = "AVIF"
-    inner = {b.kind: b for b in _boxes(data, "AVIF properties", iprp.start, iprp.end)}
+    inner = {b.kind: b for b in boxes(data, "AVIF properties", iprp.start, iprp.end)}
     if b"ipco" not in inner or b"ipma" not in inner:
         raise FormatError("AVIF file has no item properties")
     ipco = inner[b"ipco"]
-    properties = list(_boxes(data, "AVIF properties", ipco.start, ipco.end))
+    properties = list(boxes(data, "AVIF properties", ipco.start, ipco.end))
     if any(p.kind == b"auxC" for p in properties):
         raise UnsupportedError("AVIF with an alpha or depth plane; wsicodec reads 8-bit RGB")
     reader, version, flags = _full(data, inner[b"ipma"])
-    own: dict[bytes, _Box] = {}
+    own: dict[bytes, Box] = {}
     for _ in range(reader.uint(4)):
         number = reader.uint(4 if version else 2)
         for _ in range(reader.uint(1)):
@@ -490,7 +494,7 @@ def _avif_properties(data: bytes, iprp: _Box, item: int) -> tuple[int, int]:
     return height, width
 
 
-def _avif_item(data: bytes, iloc: _Box, item: int) -> bytes:
+def _avif_item(data: bytes, iloc: Box, item: int) -> bytes:
     """The coded data of an item."""
     reader, version, _ = _full(data, iloc)
     sizes, more = reader.uint(1), reader.uint(1)

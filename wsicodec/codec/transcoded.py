@@ -45,10 +45,20 @@ def jpeg_of(tile: Tile) -> bytes:
             f"tile of {tile.width} x {tile.height} pixels holds a transcoded JPEG of "
             f"{size[1]} x {size[0]}"
         )
+    return jpeg_of_container(tile.payload)
+
+
+def jpeg_of_container(data: bytes, *, metadata: bool = False, more: int = 0) -> bytes:
+    """The JPEG stream of a JPEG XL container, at most twice its pixels' bytes and 64 KiB.
+
+    metadata: boxes of EXIF and XMP may be there. more: bytes that are allowed beside those.
+    Raises as ``jpeg_of`` does.
+    """
+    height, width = transcoded_size(data, metadata=metadata)
+    limit = 2 * 3 * height * width + _SPARE_BYTES + more
     library = _imagecodecs()
-    limit = 2 * 3 * tile.height * tile.width + _SPARE_BYTES
     try:
-        return bytes(library.jpegxl_decode_jpeg(tile.payload, numthreads=1, out=limit))
+        return bytes(library.jpegxl_decode_jpeg(data, numthreads=1, out=limit))
     except MemoryError:
         raise
     except Exception as error:

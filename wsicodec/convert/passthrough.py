@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wsicodec.codec.transcoded import jpeg_of_container
 from wsicodec.convert.deidentify.cleaning import cleaned
 from wsicodec.convert.ordered import in_order
 from wsicodec.convert.results import ConvertReport, Progress
@@ -357,7 +358,8 @@ def pack_jpeg(data: bytes, layout: StoredLayout) -> tuple[Way, bytes] | None:
         check_declared(data, _JPEG, *segment_shape(layout, 0), "tile")
         way, whole = _self_explaining(data, layout)
         packed = bytes(imagecodecs.jpegxl_encode_jpeg(whole, numthreads=1))
-        back = bytes(imagecodecs.jpegxl_decode_jpeg(packed, numthreads=1))
+        more = len(layout.jpegtables or b"")
+        back = jpeg_of_container(packed, metadata=True, more=more)  # as `restore` does
     except (FormatError, LimitError, IndexError, RuntimeError, ValueError):
         return None
     return (way, packed) if back == whole else None

@@ -32,7 +32,7 @@ from wsicodec.convert.coders import (
 from wsicodec.convert.ordered import as_done
 from wsicodec.convert.plan import ConvertPlan, ConvertSettings, LevelPlan, is_zarr, make_plan
 from wsicodec.convert.results import ConvertProgress, ConvertReport, LevelReport, Progress
-from wsicodec.convert.source import SourceDigest, check_unchanged, fingerprint
+from wsicodec.convert.source import Source, SourceDigest
 from wsicodec.convert.space import check_space
 from wsicodec.convert.tiles import TileCoder
 from wsicodec.convert.work import TARGET_PART, Work
@@ -69,10 +69,13 @@ def convert(
     target: str | Path,
     settings: ConvertSettings | None = None,
     progress: Progress | None = None,
+    *,
+    reserved: int = 0,
 ) -> ConvertReport:
     """Convert a slide to a tiled pyramid: OME-TIFF, or OME-Zarr where the target ends in ``.zarr``.
 
     progress: called in the calling thread after each block; what it raises ends the conversion.
+    reserved: bytes that other conversions on the target's disk may still need, at most.
 
     The target appears when it is complete; on any failure nothing is left, but for the finished
     blocks where ``settings.resume`` keeps them. Raises SlideError (what cannot be read or written,
@@ -84,29 +87,31 @@ def convert(
     chosen = settings or ConvertSettings()
     with open_slide(source, chosen.cache_bytes, strict=not chosen.accept_damage) as slide:
         plan = make_plan(slide.info, Path(target), chosen)
-        check_space(plan)
+        warnings = check_space(plan, reserved)
         if chosen.keeps_streams:
-            return _keep_streams(slide, plan, progress)
+            report = _keep_streams(slide, plan, progress)
+            return dataclasses.replace(report, warnings=warnings)
         model, model_bytes = _model_of(chosen)
         # what is missing or wrong must show before the work starts
         TileCoder(chosen).try_out()
-        before = fingerprint(plan.source.path)
+        files = Source(plan.source)
         beside = Beside.of(slide, plan)
         _check_output(plan, beside)
         with (
-            Work(plan, _same_work(plan, model, before), keep=chosen.resume) as work,
+            Work(plan, _same_work(plan, model, files.content), keep=chosen.resume) as work,
             _digesting(plan) as digest,
         ):
             mask = _mask(slide, plan, work)
             downsamples = {lv.index: level_downsample(plan, lv) for lv in plan.levels}
             tile_coder = TileCoder(chosen, mask, downsamples)
             resumed = _code(slide, plan, work, tile_coder, mask, progress)
-            check_unchanged(plan.source.path, before)
+            # all of the file that is read is read by now
+            identity = None if digest is None else digest.identity()
+            files.check_unchanged(identity)
             passport = Passport(tuple(work.level_map(lv.index) for lv in plan.levels), mask)
             coded_bytes = sum(int(lv.bytes.sum(dtype=np.int64)) for lv in passport.levels)
             if chosen.embed_model is None and model_bytes is not None:
                 model_bytes = model_bytes if coded_bytes >= MODEL_SHARE * len(model_bytes) else None
-            identity = None if digest is None else digest.identity()
             record = _record(plan, model, beside, passport, identity)
             _write(plan, work, tile_coder, beside, record, passport, model_bytes)
             measured = [_qualities(plan, work, lv.index) for lv in plan.levels]
@@ -134,6 +139,7 @@ def convert(
             below_floor=sum(q.below_floor for q in record.level_quality if q is not None),
             resumed=resumed,
             removed=beside.removed,
+            warnings=warnings,
         )
 
 
@@ -157,13 +163,14 @@ def _keep_streams(
     from wsicodec.convert.rewrap import PassOptions
 
     settings = plan.settings
-    before = fingerprint(plan.source.path)
+    files = Source(plan.source)
     beside = Beside.of(slide, plan)
     with _digesting(plan) as digest:
 
         def identity() -> SourceIdentity | None:
-            check_unchanged(plan.source.path, before)
-            return None if digest is None else digest.identity()
+            found = None if digest is None else digest.identity()
+            files.check_unchanged(found)
+            return found
 
         options = PassOptions(
             layout=settings.layout,

@@ -108,6 +108,8 @@ class ConvertSettings:
             raise SettingsError(f"codec {self.codec!r} is none of {', '.join(CONVERT_CODECS)}")
         check_quality(self.quality)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        if self.codec != "learned" and self.model != DEFAULT_MODEL:
+            raise SettingsError(f"model goes with codec learned, not {self.codec}")
         if self.target is not None and self.quality != DEFAULT_QUALITY:
             raise SettingsError(f"quality and {self.target} exclude each other")
         _check_int("tile size", self.tile_size, 16, MAX_SIDE)
@@ -124,6 +126,8 @@ class ConvertSettings:
         ):
             if value not in known:
                 raise SettingsError(f"{what} {value!r} is none of {', '.join(known)}")
+        if self.macro != MACROS[0] and not self.deidentify:
+            raise SettingsError("macro says what deidentify does: it needs deidentify")
         _check_number("floor_ssim", self.floor_ssim, 0, 1)
         _check_number("floor_psnr", self.floor_psnr, 0, 100)
         if self.keeps_streams:

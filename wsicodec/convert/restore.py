@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wsicodec.codec.transcoded import jpeg_of_container
 from wsicodec.convert.ordered import in_order
 from wsicodec.convert.passthrough import IN_FLIGHT, transcode_tag
 from wsicodec.convert.results import ConvertReport, Progress
@@ -153,12 +154,11 @@ class LevelBefore:
 
     def _unpacked(self, data: bytes, way: Way, where: str) -> bytes:
         """The JPEG segment in a JPEG-XL stream."""
-        import imagecodecs
-
+        tables = self.origin.layout.jpegtables
         try:
-            whole = bytes(imagecodecs.jpegxl_decode_jpeg(data, numthreads=1))
-            return without_tables(self.origin.layout.jpegtables, whole, _HEADS[way])
-        except (FormatError, RuntimeError, ValueError) as error:
+            whole = jpeg_of_container(data, metadata=True, more=len(tables or b""))
+            return without_tables(tables, whole, _HEADS[way])
+        except (FormatError, LimitError) as error:
             raise FormatError(
                 f"{where}: its JPEG-XL stream does not turn back into JPEG: {error}"
             ) from error

@@ -65,7 +65,7 @@ class ConvertReport:
     modes: tiles of all levels by the way they are coded. tissue_share: of the area, None where
     glass was not looked for. below_floor: measured tiles that miss the floor (always 0 where one
     was asked for). resumed: tiles taken over from an earlier run. removed: by de-identification,
-    kinds of what went.
+    kinds of what went. warnings: what may have gone wrong.
     """
 
     source: Path
@@ -88,6 +88,7 @@ class ConvertReport:
     below_floor: int = 0
     resumed: int = 0
     removed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def megapixels_per_second(self) -> float:
@@ -120,4 +121,5 @@ class ConvertReport:
             "below_floor": self.below_floor,
             "resumed": self.resumed,
             "removed": list(self.removed),
+            "warnings": list(self.warnings),
         }

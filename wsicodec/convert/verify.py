@@ -243,6 +243,8 @@ def _faults_beside(slide: TiffReader | ZarrReader) -> list[str]:
             slide.read_associated(name)
         except UnsupportedError:
             continue  # of a kind that is not read here: says nothing of the file
+        except (RuntimeMissingError, UnknownModelError):
+            raise  # nor does what is missing here
         except WsicodecError as error:
             faults.append(str(error))
     return faults

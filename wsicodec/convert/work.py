@@ -303,9 +303,13 @@ class Work:
 
     def _read(self, offset: int, count: int) -> bytes:
         assert self._file is not None
-        self._file.seek(offset)
-        data = self._file.read(count)
-        self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.seek(offset)
+            data = self._file.read(count)
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            reason = error.strerror or error
+            raise SlideError(f"{self.folder}: cannot be read: {reason}") from error
         if len(data) != count:
             raise SlideError(f"{self.folder}: became shorter while it was read")
         return data

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from wsicodec.bitstream import MAX_TILT
 from wsicodec.entropy.tables import SymbolTables
 from wsicodec.errors import ModelError
+from wsicodec.forking import renewed_after_fork
 from wsicodec.models import container
 from wsicodec.models.factors import MAX_FACTOR, TILT_PEAK, Factors, tilted
 from wsicodec.models.fused import FusedModel
@@ -200,6 +201,11 @@ class DecoderModel:
         self.graphs = self._graph_set(eight_bit=True)
         self._fused: FusedModel | None = None
         self._fused_tried = not fused
+        self.renew()
+        renewed_after_fork(self)
+
+    def renew(self) -> None:
+        """Wait for no thread that builds the programs: a forked process has it not."""
         self._lock = threading.Lock()
 
     def _graph_set(self, *, eight_bit: bool) -> GraphSet:

@@ -26,6 +26,7 @@ from wsicodec.codec import DEFAULT_MODEL, DEFAULT_QUALITY, encode
 from wsicodec.codec.constant import encode_constant
 from wsicodec.codec.protocol import Image
 from wsicodec.errors import RuntimeMissingError, SettingsError, UnsupportedError, WsicodecError
+from wsicodec.forking import renewed_after_fork
 from wsicodec.plugins.imagecodecs import wsicodec_decode
 
 __all__ = [
@@ -49,7 +50,21 @@ TIFF_COMPRESSION_NAME = "WSICODEC"
 
 _HOST = "tifffile.tifffile"
 _ENCODER_SETTINGS = frozenset({"quality", "model", "lossless"})
-_lock = threading.RLock()
+
+
+class _Guard:
+    """lock: of whoever changes tifffile's tables."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Wait for no thread that a forked process has not."""
+        self.lock = threading.RLock()
+
+
+_guard = _Guard()
+renewed_after_fork(_guard)
 
 
 def tiff_decode(data: bytes, /) -> Image:
@@ -87,7 +102,7 @@ def install(module: Any = None) -> None:
     tables are not as expected or the value is taken.
     """
     host = _import_host() if module is None else module
-    with _lock:
+    with _guard.lock:
         tiff, decoders = _table(host, "DECOMPRESSORS", "read")
         if not isinstance(images := getattr(tiff, "IMAGE_COMPRESSIONS", None), set):
             raise _changed(host, "TIFF.IMAGE_COMPRESSIONS is not a set", "read")
@@ -109,7 +124,7 @@ def uninstall(module: Any = None) -> None:
     tiff = getattr(host, "TIFF", None)
     if tiff is None:
         return
-    with _lock:
+    with _guard.lock:
         for name in ("DECOMPRESSORS", "COMPRESSORS"):
             table = getattr(getattr(tiff, name, None), "_codecs", {})
             if _is_ours(table.get(TIFF_COMPRESSION_TAG)):

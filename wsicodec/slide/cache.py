@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from wsicodec.slide.forking import renewed_after_fork
+from wsicodec.forking import renewed_after_fork
 from wsicodec.slide.protocol import Image
 
 Key = tuple[int, int, int]  # level, row, column

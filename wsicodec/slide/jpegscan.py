@@ -11,6 +11,7 @@ No pixel is made, so that this takes a fraction of the time of decoding.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from wsicodec.entropy.compiled import compiled
 from wsicodec.errors import FormatError
-from wsicodec.slide.jpegstream import START, behind_fill, end_of_scan
+from wsicodec.slide.jpegstream import END, START, behind_fill, end_of_scan
 
 _DHT, _EOI, _SOS, _DQT, _DRI = 0xC4, 0xD9, 0xDA, 0xDB, 0xDD
 _SEQUENTIAL = (0xC0, 0xC1)  # Huffman-coded; the scans of other frames are walked by their markers
@@ -36,6 +37,8 @@ _PLACES = 64 + _END
 # A lost sector is zeros, which are codes too. No pixels give as many equal bytes in one block:
 # the flattest spectrum, of one dark pixel in a corner, gives ten.
 _ALIKE = 16
+_PADDING = re.compile(rb"(?:\xff?\x00)*")  # of a scan up to a round number of bytes
+_MAX_PADDING = 64
 _AHEAD = 8  # bytes that are read before their bits are needed
 
 # Samples of eight bits have coefficients of at most 1024 (the transform is orthonormal, times 8).
@@ -65,18 +68,21 @@ def check_scans(stream: bytes, tables: bytes | None = None) -> None:
 
     Of sequential Huffman-coded frames every block is walked; of progressive, lossless and
     arithmetic-coded ones only the markers are. Takes time in proportion to the bytes, and memory
-    for the tables only. Bytes behind the end are nobody's.
+    for the tables only. Bytes behind the end are nobody's, nor are those that fill the data of a
+    scan up to a round number: up to 64 of zeros or stuffed ff. Tables may lack their end marker.
     """
     if stream[:2] != START:
         raise FormatError("JPEG stream does not start with ff d8")
     headers = _Headers()
-    if tables is not None and headers.read(tables, 2) is not None:
-        raise FormatError("JPEG tables of the directory hold a scan")
+    if tables is not None:
+        headers.read_tables(tables)
     data = np.frombuffer(stream, np.uint8)
     position = headers.read(stream, 2)
     while position is not None:
         plan = headers.plan()
-        end = end_of_scan(stream, position) if plan is None else _walked(data, position, plan)
+        end = (
+            end_of_scan(stream, position) if plan is None else _walked(stream, data, position, plan)
+        )
         position = headers.read(stream, end)
     headers.check_complete()
 
@@ -93,6 +99,19 @@ class _Headers:
     quantisers: bytes = b""
     segments: int = 0
     scanned: list[int] = field(default_factory=list)  # identifiers of components
+
+    def read_tables(self, tables: bytes) -> None:
+        """Read the segments of a stream of tables, whose end may be that of its bytes."""
+        what = "JPEG tables of the directory (tag 347)"
+        if tables[:2] != START:
+            raise FormatError(f"{what} do not start with ff d8")
+        try:
+            data = self.read(tables if tables.endswith(END) else tables + END, 2)
+        except FormatError as error:
+            raise FormatError(f"{what}: {str(error).removeprefix('JPEG ')}") from None
+        if data is not None:
+            raise FormatError(f"{what} hold a scan")
+        self.interval = b"\0\0"  # the image's SOI ends it (T.81, B.2.4.4)
 
     def read(self, stream: bytes, position: int) -> int | None:
         """Read segments up to the data of a scan, whose place is returned; None for the end."""
@@ -361,12 +380,20 @@ def _fill(
         place += count
 
 
-def _walked(data: _Array, position: int, plan: _Plan) -> int:
-    """Where the data of a scan end, which start at ``position``. Raises FormatError."""
+def _walked(stream: bytes, data: _Array, position: int, plan: _Plan) -> int:
+    """Where the data of a scan end, which start at ``position``. Raises FormatError.
+
+    data: the stream as an array.
+    """
     status, unit, position = _walk(
         data, position, plan.units, plan.interval, plan.blocks, plan.look, plan.last, plan.base,
         plan.entries, plan.most, plan.furthest,
     )  # fmt: skip
+    if status == _LEFT_OVER and unit + 1 == plan.units:
+        end = end_of_scan(stream, position)
+        rest = stream[position:end].rstrip(b"\xff")  # which fill before a marker
+        if len(rest) <= _MAX_PADDING and _PADDING.fullmatch(rest):
+            return end
     if status != _FINE:
         raise FormatError(
             f"JPEG scan is damaged: {_PROBLEMS[status]} block group {unit + 1} of {plan.units}"
@@ -434,7 +461,7 @@ def _walk(
     data: _Array, position: Any, units: Any, interval: Any, blocks: _Array, look: _Array,
     last: _Array, base: _Array, entries: _Array, most: _Array, furthest: _Array,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """(status, MCU where the walk ended, position behind the data of a scan).
+    """(status, MCU where the walk ended, position behind the data of a scan, or of its last MCU).
 
     data: uint8 bytes of the stream; the others as in ``_Plan``. Each block takes two bits at
     least, and none is taken from beyond the data: time is bounded by the bytes.
@@ -514,5 +541,10 @@ def _walk(
     if count < 32:
         position, acc, count = _refill(data, position, acc, count)
     if count >= 8:
+        while count >= 8:  # back to the first byte that no block needed
+            position -= 1
+            if data[position] == 0 and data[position - 1] == 0xFF:
+                position -= 1
+            count -= 8
         return _LEFT_OVER, np.int64(units - 1), position
     return _FINE, np.int64(units - 1), position

@@ -119,15 +119,12 @@ def jpeg_colours(stream: bytes) -> tuple[bool, tuple[int, int]]:
 
     Raises FormatError where the headers end early or hold no frame of three components.
     """
-    position, adobe, jfif = 2, None, False
-    while position + 4 <= len(stream):
-        marker, length = stream[position + 1], int.from_bytes(stream[position + 2 : position + 4])
-        body = stream[position + 4 : position + 2 + length]
-        if stream[position] != 0xFF:
-            break
-        if marker == 0xE0 and body[:4] == b"JFIF":
+    adobe, jfif = None, False
+    for marker, start, end in segments(stream):
+        body = stream[start + 4 : end]
+        if marker == _APP0 and body[:4] == b"JFIF":
             jfif = True
-        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
+        elif marker == _APP14 and body[:5] == b"Adobe" and len(body) >= 12:
             adobe = body[11]
         elif marker in (0xC0, 0xC1, 0xC2):
             if len(body) < 15 or body[5] != 3:
@@ -139,7 +136,6 @@ def jpeg_colours(stream: bytes) -> tuple[bool, tuple[int, int]]:
             if not jfif and (adobe == 0 or (adobe is None and identifiers == [82, 71, 66])):
                 return False, (1, 1)
             return True, (luma[0] // max(1, factors[1] >> 4), luma[1] // max(1, factors[1] & 15))
-        elif marker == 0xDA:
+        elif marker == _SOS:
             break
-        position += 2 + length
     raise FormatError("JPEG stream has no frame of three components")

@@ -29,10 +29,10 @@ from wsicodec.errors import (
     SlideError,
     UnsupportedError,
 )
+from wsicodec.forking import renewed_after_fork
 from wsicodec.slide.associated import MAX_ASSOCIATED_BYTES
 from wsicodec.slide.cache import SegmentCache
 from wsicodec.slide.dates import openslide_date
-from wsicodec.slide.forking import renewed_after_fork
 from wsicodec.slide.layout import lossy_history, positive_number
 from wsicodec.slide.pages import compression_name, file_start, is_tiff
 from wsicodec.slide.parts import slide_bytes
@@ -301,15 +301,13 @@ class _Handle:
         self._tiles: Any = None
         self._closed = False
         self.renew()
-        self._slide = self._opened()
+        self._slide = self._shared()
         renewed_after_fork(self)
 
     def renew(self) -> None:
         """Begin anew, without a slide; the one of before is not even closed, threads may use it."""
-        self._left_behind += [self._slide, self._tiles]
+        self._left_behind += [it for it in (self._slide, self._tiles) if it is not None]
         self._slide = self._tiles = None
-        with contextlib.suppress(self._library.OpenSlideVersionError):  # OpenSlide 3 has its own
-            self._tiles = self._library.OpenSlideCache(self._cache_bytes)
         self._changed = threading.Condition()
         self._users: dict[int, int] = {}
 
@@ -336,7 +334,7 @@ class _Handle:
         with self._changed:
             self.check()
             if self._slide is None:
-                self._slide = self._opened()
+                self._slide = self._shared()
             slide = self._slide
             self._users[id(slide)] = self._users.get(id(slide), 0) + 1
         failed = False
@@ -362,7 +360,14 @@ class _Handle:
             self._changed.wait_for(lambda: not self._users)
             if self._slide is not None:
                 self._slide.close()
-                self._slide = None
+            self._slide = self._tiles = None
+
+    def _shared(self) -> Any:
+        """The slide that threads share, and with it their cache of tiles."""
+        if self._tiles is None:
+            with contextlib.suppress(self._library.OpenSlideVersionError):  # OpenSlide 3: its own
+                self._tiles = self._library.OpenSlideCache(self._cache_bytes)
+        return self._opened()
 
     def _opened(self) -> Any:
         try:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from wsicodec.errors import FormatError, LimitError, SlideError, UnsupportedError, WsicodecError
 from wsicodec.slide import jpegstream
 from wsicodec.slide.protocol import Image, StoredLayout
-from wsicodec.slide.streams import declared_size
+from wsicodec.slide.streams import declared_size, tells_size
 
 MAX_SEGMENT_BYTES = 512 * 2**20
 """A tile or strip of more bytes, decoded or stored, is refused: one would outgrow any cache."""
@@ -382,7 +382,8 @@ def check_compression(page: Any, where: str) -> None:
 def check_declared(data: bytes, compression: int, height: int, width: int, where: str) -> None:
     """Refuse a stream that says it is much more than its tile: it is decoded as it says.
 
-    height, width: of the tile or strip. Raises LimitError.
+    height, width: of the tile or strip. Raises LimitError. What does not say it passes here:
+    ``check_stream`` refuses it before it is decoded to pixels.
     """
     declared = declared_size(data, compression)
     if declared is None:
@@ -404,6 +405,9 @@ def check_stream(
     Raises SlideError.
     """
     check_whole(data, compression, where)
+    if data and tells_size(compression) and declared_size(data, compression) is None:
+        # what a library finds in it nonetheless may be of any size
+        raise SlideError(f"{where}: its stream does not say how large its image is: it is damaged")
     if strict and compression == _JPEG and data:
         from wsicodec.slide.jpegscan import check_scans
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from wsicodec.errors import SlideError, WsicodecError
 
@@ -25,10 +26,43 @@ _REASONS = {
 }
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""``errno`` of what is refused for want of room, by the system or here."""
+
+
 def refused(target: Path, error: OSError) -> SlideError:
-    """What the file system's refusal to write ``target`` is called here."""
+    """What the file system's refusal to write ``target`` is called here; keeps its ``errno``."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return SlideError(f"{target}: cannot be written: {reason}")
+    found = SlideError(f"{target}: cannot be written: {reason}")
+    found.errno = error.errno
+    return found
+
+
+class _Written:
+    """A file being written: what the system says against its methods names the target.
+
+    Not a subclass of a file: any object that ``open`` gives is taken. Without ``fileno``, behind
+    which others would write past it.
+    """
+
+    def __init__(self, file: BinaryIO, target: Path) -> None:
+        self._file = file
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._file, name)
+        if not callable(found):
+            return found
+
+        def method(*arguments: Any) -> Any:
+            with _refusals(self._target):
+                return found(*arguments)
+
+        setattr(self, name, method)
+        return method
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
 
 
 @contextlib.contextmanager
@@ -39,7 +73,8 @@ def atomic_file(target: Path, *, overwrite: bool, part: Path | None = None) -> I
     killed left there is replaced.
 
     Whatever goes wrong, even a KeyboardInterrupt, removes the part and leaves what was under the
-    name before. Raises SlideError, naming the target, for what the file system refuses.
+    name before. Raises SlideError, naming the target, for what the file system refuses to do with
+    the file; other errors of the body pass as they are.
     """
     given, part = part, part or _part_of(target)
     file: BinaryIO | None = None
@@ -51,7 +86,8 @@ def atomic_file(target: Path, *, overwrite: bool, part: Path | None = None) -> I
                 file = part.open("xb+")
             except FileExistsError:
                 raise _written_already(target, part) from None
-            yield file
+        yield cast(BinaryIO, _Written(file, target))
+        with _refusals(target):
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -84,7 +120,7 @@ def atomic_folder(
 
     Whatever goes wrong, the part is removed and what was under the name before stays.
     Raises SlideError, naming the target, for what the file system refuses, and for a target that is
-    not to be replaced.
+    not to be replaced. An error of the body that names a file elsewhere passes as it is.
     """
 
     def check() -> None:
@@ -97,7 +133,7 @@ def atomic_folder(
 
     given, part = part, part or _part_of(target)
     check()
-    with _refusals(target):
+    with _refusals(target, part):
         if given is not None:
             shutil.rmtree(part, ignore_errors=True)
         try:
@@ -128,13 +164,21 @@ def _written_already(target: Path, part: Path) -> SlideError:
 
 
 @contextlib.contextmanager
-def _refusals(target: Path) -> Iterator[None]:
-    """Names the target in what the system says; our own errors, some of them OSErrors, pass."""
+def _refusals(target: Path, folder: Path | None = None) -> Iterator[None]:
+    """Names the target in what the system says; our own errors, some of them OSErrors, pass.
+
+    folder: the one being written, where the target is a folder: an error that names a file other
+    than the target and what is in this one passes too.
+    """
     try:
         yield
-    except WsicodecError:
+    except (WsicodecError, io.UnsupportedOperation):
         raise
     except OSError as error:
+        if folder is not None and isinstance(error.filename, str):
+            named = Path(error.filename).absolute()
+            if named != target.absolute() and folder.absolute() not in (named, *named.parents):
+                raise
         raise refused(target, error) from error
 
 

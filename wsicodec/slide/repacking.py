@@ -145,7 +145,8 @@ def _shows(repacked: Repacked, pixels: Image) -> bool:
 def _whole(stored: StoredImage, segment: bytes) -> bytes:
     """A strip or tile as a stream that says by itself whether it is RGB or YCbCr."""
     whole = with_tables(stored.jpegtables, segment)
-    if stored.photometric == _RGB and jpeg_colours(whole)[0]:
+    ycbcr, _ = jpeg_colours(whole)
+    if stored.photometric == _RGB and ycbcr:
         return with_tables(stored.jpegtables, segment, ADOBE_RGB)
     return whole
 

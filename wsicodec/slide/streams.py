@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from wsicodec.slide.jpegstream import behind_fill
+import itertools
+import re
+from collections.abc import Iterator
 
-_J2K_MAGIC = b"\xff\x4f\xff\x51"
-_JXL_MAGIC = b"\xff\x0a"
+from wsicodec.codec.headers import J2K_MAGIC, JXL_MAGIC, Box, boxes
+from wsicodec.errors import FormatError
+from wsicodec.slide.jpegstream import START
+
+# as libjpeg searches: over stray bytes, stuffing and fill, and markers without a length
+_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
-_HEAD = 4096  # boxes before a JPEG-2000 codestream are searched this far
+_JXL_HEAD = 16  # bytes that hold the size
+_MAX_STEPS = 4096  # segments or boxes before the header
 
 _JPEG = (6, 7)
 _JPEG2000 = (33003, 33004, 33005, 34712)
@@ -19,8 +26,8 @@ _JPEGXL = (50002, 52546)
 def declared_size(data: bytes, compression: int) -> tuple[int, int, int] | None:
     """(height, width, channels) by the stream's own header; channels 0 where it is not told.
 
-    compression: TIFF tag 259. None where the stream has no such header, or a broken one, which
-    its decoder will say.
+    compression: TIFF tag 259. None where streams of that kind have no such header (``tells_size``
+    is false), and where this one has none, or a broken one: a library may find one all the same.
     """
     try:
         if compression in _JPEG:
@@ -30,35 +37,61 @@ def declared_size(data: bytes, compression: int) -> tuple[int, int, int] | None:
         if compression in _WEBP:
             return _webp(data)
         if compression in _PNG:
-            return _big(data, 20, 4), _big(data, 16, 4), 0
+            return _png(data)
         if compression in _JPEGXL:
             return _jpegxl(data)
-    except IndexError:
+    except (FormatError, IndexError):
         pass
     return None
 
 
+def tells_size(compression: int) -> bool:
+    """True for a TIFF compression whose streams say how large their image is."""
+    return compression in (*_JPEG, *_JPEG2000, *_WEBP, *_PNG, *_JPEGXL)
+
+
 def _jpeg(data: bytes) -> tuple[int, int, int] | None:
-    position = behind_fill(data, 2)
-    while data[position] == 0xFF:
-        marker = data[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _big(data, position + 5, 2), _big(data, position + 7, 2), data[position + 9]
-        if marker == 0xDA:
+    if not data.startswith(START):
+        return None
+    position = 2
+    for _ in range(_MAX_STEPS):
+        found = _JPEG_MARKER.search(data, position)
+        if found is None:
             break
-        position = behind_fill(data, position + 2 + _big(data, position + 2, 2))
+        position, marker = found.end(), data[found.end() - 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return _big(data, position + 3, 2), _big(data, position + 5, 2), data[position + 7]
+        if marker in (0xD9, 0xDA):
+            break
+        position += _big(data, position, 2)
     return None
 
 
+def _boxes(data: bytes) -> Iterator[Box]:
+    return itertools.islice(boxes(data, "stream"), _MAX_STEPS)
+
+
 def _jpeg2000(data: bytes) -> tuple[int, int, int] | None:
-    start = data.find(_J2K_MAGIC, 0, _HEAD)
-    if start < 0:
-        return None
+    start = 0
+    if not data.startswith(J2K_MAGIC):
+        start = next((box.start for box in _boxes(data) if box.kind == b"jp2c"), len(data))
+        if not data.startswith(J2K_MAGIC, start):
+            return None
     right, bottom, left, top = (_big(data, start + 8 + 4 * i, 4) for i in range(4))
+    if right < left or bottom < top:
+        return None
     return bottom - top, right - left, _big(data, start + 40, 2)
 
 
+def _png(data: bytes) -> tuple[int, int, int] | None:
+    if data[12:16] != b"IHDR":
+        return None
+    return _big(data, 20, 4), _big(data, 16, 4), 0
+
+
 def _webp(data: bytes) -> tuple[int, int, int] | None:
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
     kind = data[12:16]
     if kind == b"VP8X":
         return _little(data, 27, 3) + 1, _little(data, 24, 3) + 1, 4
@@ -71,14 +104,19 @@ def _webp(data: bytes) -> tuple[int, int, int] | None:
 
 
 def _jpegxl(data: bytes) -> tuple[int, int, int] | None:
-    start = 0
-    if not data.startswith(_JXL_MAGIC):
-        # in a container: the box of the codestream, or of its first part behind a counter
-        whole, part = data.find(b"jxlc"), data.find(b"jxlp")
-        start = whole + 4 if whole >= 0 else part + 8
-        if max(whole, part) < 0 or not data.startswith(_JXL_MAGIC, start):
+    head = data[:_JXL_HEAD]
+    if not head.startswith(JXL_MAGIC):
+        # in a container: the box of the codestream, or of its parts, each behind a counter
+        head = b""
+        for box in _boxes(data):
+            if box.kind in (b"jxlc", b"jxlp"):
+                start = box.start + (4 if box.kind == b"jxlp" else 0)
+                head += data[start : min(box.end, start + _JXL_HEAD)]
+            if len(head) >= _JXL_HEAD:
+                break
+        if not head.startswith(JXL_MAGIC):
             return None
-    bits = _little(data, start + 2, min(16, len(data) - start - 2))
+    bits = int.from_bytes(head[2:], "little")
 
     def read(count: int) -> int:
         nonlocal bits

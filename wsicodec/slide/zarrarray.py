@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from wsicodec.bitstream import parse
 from wsicodec.errors import FormatError, LimitError, SlideError, UnsupportedError, WsicodecError
-from wsicodec.slide.forking import renewed_after_fork
+from wsicodec.forking import renewed_after_fork
 
 Bytes = npt.NDArray[np.uint8]
 

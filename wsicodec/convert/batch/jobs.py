@@ -26,6 +26,7 @@ from wsicodec.errors import (
     UnsupportedError,
     WsicodecError,
 )
+from wsicodec.slide.placing import NO_ROOM
 
 REPORT_SECONDS = 0.5
 """Between two messages on how far a conversion is."""
@@ -40,7 +41,7 @@ class Job:
 
     settings: fields of ConvertSettings. replace_ours: an existing target is an earlier output of
     the same batch, and may be replaced when it says that wsicodec wrote it. digest: compute the
-    source's SHA-256. reserved: bytes that other conversions may still write on the same disk.
+    source's SHA-256. reserved: bytes that other conversions may still need on the same disk.
     """
 
     id: int
@@ -80,13 +81,17 @@ class Succeeded:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a job failed. final: another attempt would fail alike. lost: its process died."""
+    """Why a job failed. final: another attempt would fail alike. lost: its process died.
+
+    no_room: the disk was full; what is done is worth keeping.
+    """
 
     id: int
     error: str
     message: str
     final: bool = False
     lost: bool = False
+    no_room: bool = False
 
 
 Event = Started | Advanced | Succeeded | Failed
@@ -102,7 +107,13 @@ def run_job(job: Job, emit: Emit) -> Succeeded | Failed:
         message = str(error) or kind
         if not isinstance(error, WsicodecError):
             message = f"{job.source}: {message}"
-        return Failed(job.id, kind, message, final=isinstance(error, _FINAL))
+        return Failed(
+            job.id,
+            kind,
+            message,
+            final=isinstance(error, _FINAL),
+            no_room=isinstance(error, OSError) and error.errno in NO_ROOM,
+        )
 
 
 def _convert(job: Job, emit: Emit) -> Result:
@@ -123,9 +134,7 @@ def _convert(job: Job, emit: Emit) -> Result:
         fields["overwrite"] = True
     # finished blocks outlive a process that is killed
     settings = ConvertSettings(**{**fields, "resume": True})
-    pixels = sum(level.width * level.height for level in info.levels)
-    _check_space(target, info.file_bytes, pixels, settings, job.reserved)
-    report = convert(source, target, settings, _throttled(job.id, emit))
+    report = convert(source, target, settings, _throttled(job.id, emit), reserved=job.reserved)
     size, modified = tree_bytes(target), tree_mtime_ms(target)
     if size is None or modified is None:
         raise SlideError(f"{target}: is gone")
@@ -220,25 +229,3 @@ def _written_by_us(target: Path) -> bool:
             return slide.info.record is not None
     except (WsicodecError, OSError):
         return False
-
-
-def _check_space(
-    target: Path, source_bytes: int, pixels: int, settings: ConvertSettings, reserved: int
-) -> None:
-    """Raise SlideError where the disk has no room for what the conversion may take at most.
-
-    The output, and for a moment its finished blocks beside it: half of the source's bytes each, as
-    a rule; without loss half of the raw bytes each.
-    """
-    need = source_bytes
-    if settings.lossless and settings.codec != "copy" and not settings.lossless_transcode:
-        need = max(need, 3 * pixels)
-    try:
-        free = shutil.disk_usage(target.parent).free
-    except OSError:
-        return
-    if free - reserved < need:
-        beside = f", of which others under way may take {reserved:,}" if reserved else ""
-        raise SlideError(
-            f"{target}: the disk has {free:,} bytes free{beside}; up to {need:,} are needed"
-        )

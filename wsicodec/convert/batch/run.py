@@ -178,6 +178,12 @@ class _Underway:
     pixels_done: int = 0
     pixels: int = 0
 
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the source, those whose tiles are still to be written."""
+        done = self.pixels_done / self.pixels if self.pixels else 0.0
+        return round(self.row.file_bytes * (1 - min(1.0, done)))
+
 
 class _Run:
     """The loop of a batch: claims slides, hands them out, writes down what comes back."""
@@ -228,7 +234,7 @@ class _Run:
             row = self._journal.claim(self._digest, wsicodec.__version__, self._output)
             if row is None:
                 return
-            reserved = sum(other.row.file_bytes for other in self._underway.values())
+            reserved = sum(other.bytes_ahead for other in self._underway.values())
             self._underway[row.id] = _Underway(row)
             workers.submit(
                 Job(
@@ -280,7 +286,8 @@ class _Run:
             ours = self._journal.fail(
                 identity, outcome.error, outcome.message, again=again, lost=lost
             )
-            if ours and not again:
+            # hours of finished blocks are not given up for a disk that is full now
+            if ours and not again and not outcome.no_room:
                 remove_traces(self._output / row.target)
         self._tell(self._journal.row(identity))
 

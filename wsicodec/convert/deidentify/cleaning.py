@@ -17,11 +17,14 @@ _LEARNED = 60642
 _NO_METADATA = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)  # nothing but samples
 _PAYLOADS = {Mode.JPEG: 7, Mode.JPEG2000: 34712, Mode.JPEGXL: 50002, Mode.LOSSLESS: 50002}
 
-# SOF, DHT, DAC, SOI and EOI, SOS, DQT, DNL, DRI, JFIF, Adobe: what decoding asks for
-_JPEG_MARKERS = {*range(0xC0, 0xD0), 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE} - {0xC8}
+# SOF, DHT, SOI and EOI, SOS, DQT, DNL, DRI, JFIF, Adobe: what decoding asks for
+_JPEG_MARKERS = {*range(0xC0, 0xD0), 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE} - {0xC8, 0xCC}
+_JPEG_BYTES = {0xDC: 6, 0xDD: 6}  # DNL and DRI hold a number, and libjpeg looks at no DNL
 
 _J2K_SOT, _J2K_SOD, _J2K_EOC = b"\xff\x90", b"\xff\x93", b"\xff\xd9"
 _J2K_COMMENT, _J2K_LENGTHS = 0x64, 0x55  # COM; TLM, which has the lengths of tile-parts
+# SOT CAP SIZ COD COC TLM PLM PLT CPF QCD QCC RGN POC PPM PPT CRG (T.800, T.814)
+_J2K_PICTURE = bytes.fromhex("90 50 51 52 53 55 57 58 59 5c 5d 5e 5f 60 61 63")
 
 _WEBP_PICTURE = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH"}
 
@@ -65,8 +68,8 @@ def bare_jpeg(stream: bytes) -> bytes:
     Raises FormatError for what is no JPEG, UnsupportedError for a segment of unknown purpose.
     """
     bare = without_metadata(stream)
-    for marker, _, _ in segments(bare):
-        if marker not in _JPEG_MARKERS:
+    for marker, start, end in segments(bare):
+        if marker not in _JPEG_MARKERS or end - start != _JPEG_BYTES.get(marker, end - start):
             raise UnsupportedError(
                 f"JPEG segment ff {marker:02x} may be more than picture; convert the slide with a "
                 "codec instead"
@@ -125,8 +128,13 @@ def _without_comments(stream: bytes, position: int, end: bytes) -> tuple[list[by
         after = position + 2 + length
         if marker[:1] != b"\xff" or length < 2 or after > len(stream):
             raise FormatError(f"JPEG-2000 header is broken at byte {position}")
-        if marker[1] != _J2K_COMMENT:
+        if marker[1] in _J2K_PICTURE:
             kept.append(stream[position:after])
+        elif marker[1] != _J2K_COMMENT:
+            raise UnsupportedError(
+                f"JPEG-2000 segment ff {marker[1]:02x} may be more than picture; convert the slide "
+                "with a codec instead"
+            )
         position = after
     return kept, position
 

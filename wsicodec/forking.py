@@ -19,13 +19,23 @@ _renewable: weakref.WeakSet[Renewable] = weakref.WeakSet()
 
 
 def renewed_after_fork(thing: Renewable) -> None:
-    """Have ``thing.renew()`` called in each process that is forked while it lives."""
+    """Have ``thing.renew()`` called in each process that is forked while it lives.
+
+    What that raises keeps no other thing from its turn; the first of it goes to
+    ``sys.unraisablehook``.
+    """
     _renewable.add(thing)
 
 
 def _after_fork() -> None:
+    errors: list[BaseException] = []
     for thing in list(_renewable):
-        thing.renew()
+        try:
+            thing.renew()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]  # Python shows it, and goes on
 
 
 if hasattr(os, "register_at_fork"):
