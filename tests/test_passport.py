@@ -551,6 +551,13 @@ class TestRecord:
         with pytest.raises(FormatError):
             parse_record("[" * 100_000)
 
+    @pytest.mark.parametrize("number", [2.0**63, -(2.0**64), 2**63, 1.5])
+    def test_numbers_beyond_64_bits(self, number: float) -> None:
+        value = json.loads(FULL.to_json())
+        value["level_bytes"] = [number]
+        with pytest.raises(FormatError, match="not a whole number of 64 bits"):
+            parse_record(json.dumps(value))
+
     @given(st.data())
     def test_mutations(self, draw: st.DataObject) -> None:
         """Any JSON in the place of any value: a record or a named error."""

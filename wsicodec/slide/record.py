@@ -307,7 +307,7 @@ def _optional(parse: Callable[[Any], _T], value: object) -> _T | None:
 def _integer(value: object) -> int:
     """A JSON integer; records of other writers may hold whole numbers as 70.0."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise TypeError(f"{value!r:.40} is not a whole number of 64 bits")
     return value
