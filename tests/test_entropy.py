@@ -422,6 +422,22 @@ def test_caches_follow_the_sources(tmp_path: Path) -> None:
     assert stamps["4"] < stamps["2"]
 
 
+def test_kernels_do_without_linear_algebra() -> None:
+    """SciPy's takes as long to import as numba; other compiled code of the process still has it."""
+    script = (
+        "import sys; import scipy, wsicodec; import numpy as np;"
+        "image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8);"
+        "wsicodec.decode(wsicodec.encode(image, modes='learned'));"
+        "assert 'numba' in sys.modules and 'scipy.linalg' not in sys.modules, 'loaded';"
+        "import numba; two = np.eye(2) * 2;"
+        "assert (numba.njit(lambda a, b: np.dot(a, b))(two, two) == 2 * two).all();"
+        "assert numba.njit(lambda a: np.linalg.det(a))(two) == 4;"
+        "import numba.np.linalg, numba.np.arraymath; assert numba.np.arraymath._HAVE_BLAS;"
+        "assert numba.np.linalg.ensure_blas.__module__ == 'numba.np.linalg'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_every_module_of_compiled_code_is_in_the_fingerprint() -> None:
     """What is not would go on answering from the cache of an older release."""
     from wsicodec.entropy.compiled import _SOURCES

@@ -384,6 +384,42 @@ def test_compiled_programs_give_what_graphs_give(name: str) -> None:
                 np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.skipif(not available(), reason="this CPU has no AVX-512 with VNNI")
+def test_layers_of_too_many_sources_are_left_to_onnxruntime() -> None:
+    """A proved model that compiled programs have no room for is decoded all the same."""
+    file = container.parse(files("he-fast"))
+    model = onnx.load_model_from_string(file.graph("hyper"))
+    graph = model.graph
+    constants = {t.name: t for t in graph.initializer}
+    casts = {n.output[0]: n.input[0] for n in graph.node if n.input[0] in constants}
+    at, conv = next(
+        (i, n)
+        for i, n in enumerate(graph.node)
+        if n.op_type == "Conv" and constants[casts[n.input[1]]].dims[2] == 3
+    )
+    name, times = casts[conv.input[1]], 8  # zeros for all but the first of its inputs
+    weight = onnx.numpy_helper.to_array(constants[name])
+    wide = np.concatenate([weight] + [np.zeros_like(weight)] * (times - 1), axis=1)
+    constants[name].CopyFrom(onnx.numpy_helper.from_array(wide, name))
+    graph.node.insert(at, onnx.helper.make_node("Concat", [conv.input[0]] * times, ["//"], axis=1))
+    graph.node[at + 1].input[0] = "//"
+    graphs = {**file.graphs, "hyper": model.SerializeToString()}
+    changed = load_decoder(container.pack(file.header, graphs, file.tensors))
+    assert changed.fused is None
+    z = np.random.default_rng(1).integers(-127, 128, (1, changed.architecture.z_channels, 3, 4))
+    plain = load_decoder(files("he-fast"), fused=False)
+    effective = (m.cells(1, 6, 8).hyper(z, [99]) for m in (changed, plain))
+    np.testing.assert_array_equal(*effective)
+
+
+@pytest.mark.skipif(not available(), reason="this CPU has no AVX-512 with VNNI")
+def test_compiled_programs_of_all_grids_share_their_weights() -> None:
+    model = load_decoder(files("he-fast"))
+    assert model.fused is not None
+    one, other = (model.fused.plan(*grid).tables for grid in ((3, 7), (16, 16)))
+    assert all(a is b for a, b in zip(one[3:], other[3:], strict=True))
+
+
 def test_lattices_part_the_grid_in_the_documents_order() -> None:
     for rows, columns in GRIDS:
         positions = [lattice_positions(n, rows, columns).tolist() for n in range(4)]

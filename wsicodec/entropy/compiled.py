@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -32,6 +33,32 @@ _SOURCES = (
     "models/vnni.py",
     "slide/jpegscan.py",
 )
+
+
+def _spare_scipy() -> None:
+    """Let numba load its array functions without SciPy's linear algebra, which takes as long to
+    import as all of numba and which no kernel here uses.
+
+    numba imports it there only to learn whether there is a BLAS; wherever compiled code calls for
+    one, it looks again. Where SciPy is not installed, or numba is built otherwise, nothing changes.
+    """
+    try:
+        importlib.import_module("scipy")  # numba has done so where it can
+    except ImportError:
+        return
+    from numba.np import linalg
+
+    look = getattr(linalg, "ensure_blas", None)
+    if look is None:
+        return
+    linalg.ensure_blas = lambda: None
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        linalg.ensure_blas = look
+
+
+_spare_scipy()
 
 
 @functools.cache

@@ -198,7 +198,7 @@ class DecoderModel:
         self.factors = tuple(tilted(plain, tilt, share) for share in range(MAX_TILT + 1))
         self._graphs = file.graphs
         self._prove(file)
-        self.graphs = self._graph_set(eight_bit=True)
+        self.graphs = self._graph_set()
         self._fused: FusedModel | None = None
         self._fused_tried = not fused
         self.renew()
@@ -208,15 +208,18 @@ class DecoderModel:
         """Wait for no thread that builds the programs: a forked process has it not."""
         self._lock = threading.Lock()
 
-    def _graph_set(self, *, eight_bit: bool) -> GraphSet:
+    def _graph_set(self, *, plain: bool = False) -> GraphSet:
+        """The networks in onnxruntime. plain: in float32 and as they are written, which are built
+        in half the time; to compare others with."""
         a, graphs = self.architecture, self._graphs
+        given = {"eight_bit": not plain, "optimise": not plain}
         return GraphSet(
-            IntegerRunner(graphs["hyper"], eight_bit=eight_bit),
+            IntegerRunner(graphs["hyper"], **given),
             [
-                StageRunner(graphs[f"stage{k}"], stage.lattice, eight_bit=eight_bit)
+                StageRunner(graphs[f"stage{k}"], stage.lattice, **given)
                 for k, stage in enumerate(a.stages)
             ],
-            GraphRunner(graphs["chain"]),
+            GraphRunner(graphs["chain"], optimise=not plain),
             [a.seen(k) for k in range(len(a.stages))],
             a.mean_stages,
             a.context_channels,
@@ -231,7 +234,7 @@ class DecoderModel:
                     a = self.architecture
                     self._fused = fused_model(
                         self._graphs, [s.lattice for s in a.stages], a.context_channels,
-                        a.z_channels, a.hyper, self._graph_set(eight_bit=False),
+                        a.z_channels, a.hyper, self._graph_set(plain=True),
                     )  # fmt: skip
                     self._fused_tried = True
         return self._fused

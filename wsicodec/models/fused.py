@@ -11,7 +11,7 @@ which the first use compares (``wsicodec.models.networks``).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +46,79 @@ def _padded(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
-def _panel(weight: Array, parts: Sequence[Part], vectors: int) -> Array:
-    """Weights (16 * vectors, channels, k, k) in the order in which the inner loop reads them."""
+def _panel(weight: Array, parts: Sequence[Part]) -> Array:
+    """Weights (rows, channels, k, k) in the order in which the inner loop reads them."""
     pieces = []
-    side = weight.shape[-1]
     first = 0
     for part in parts:
-        w = weight[:, first : first + part.channels]
+        given = weight[:, first : first + part.channels]
         groups = _padded(part.channels, GROUP) // GROUP
-        w = np.pad(w, ((0, 0), (0, GROUP * groups - part.channels), (0, 0), (0, 0)))
-        for y in range(side):
-            for x in range(side):
-                tap = w[:, :, y, x].reshape(len(w), groups, GROUP).transpose(1, 0, 2)
-                pieces.append(tap.reshape(-1))
+        w = np.zeros((len(weight), GROUP * groups, *weight.shape[2:]), np.int8)
+        w[:, : part.channels] = given
+        taps = w.reshape(len(weight), groups, GROUP, -1).transpose(3, 1, 0, 2)
+        pieces.append(taps.reshape(-1))
         first += part.channels
     return np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Outputs ``first`` ... ``first + 16 * vectors - 1`` of a layer: what one operation computes.
+
+    weights, rows: where its weights begin, and its biases and scales, in ``Weights``.
+    """
+
+    first: int
+    vectors: int
+    weights: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """All weights of a model as the inner loop reads them, whatever the shape of the cell.
+
+    blocks: of each layer's phases, by the layer's buffer and the phase.
+    """
+
+    blocks: Mapping[tuple[str, int], tuple[Block, ...]]
+    panels: Array
+    biases: Array
+    scales: Array
+
+    @classmethod
+    def of(cls, layers: Iterable[Layer]) -> Weights:
+        """Raises NotFusible for a layer that reads from too many places."""
+        blocks: dict[tuple[str, int], tuple[Block, ...]] = {}
+        panels: list[Array] = []
+        biases: list[Array] = []
+        scales: list[Array] = []
+        weighed = rowed = 0
+        for layer in layers:
+            segments = len(layer.parts) * layer.weight.shape[-1] ** 2
+            if segments > MAX_SEGMENTS:
+                raise NotFusible(f"{layer.buffer}: {segments} segments")
+            for phase in range(layer.phase_count):
+                pick = slice(phase, None, layer.phase_count)
+                weight, bias, scale = layer.weight[pick], layer.bias[pick], layer.scale[pick]
+                count = _padded(len(weight), WIDTH)
+                extra = count - len(weight)
+                padding = np.zeros((extra, *weight.shape[1:]), weight.dtype)
+                weight = np.concatenate([weight, padding])
+                biases.append(np.pad(bias, (0, extra)))
+                scales.append(np.pad(scale, (0, extra), constant_values=1))
+                found = []
+                for first in range(0, count, WIDTH * VECTORS):
+                    vectors = min(VECTORS, (count - first) // WIDTH)
+                    panels.append(_panel(weight[first : first + WIDTH * vectors], layer.parts))
+                    found.append(Block(first, vectors, weighed, rowed + first))
+                    weighed += panels[-1].size
+                blocks[layer.buffer, phase] = tuple(found)
+                rowed += count
+        return cls(
+            blocks, np.concatenate(panels), np.concatenate(biases).astype(np.int32),
+            np.concatenate(scales).astype(np.float32),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,6 +217,7 @@ class FusedModel:
                 seen = {p.buffer for p in layer.parts}
                 if name != "hyper" and layer.reaches and seen & {"h", "plane", "chain_plane"}:
                     raise NotFusible(f"{name}: a wide layer reads {seen}")
+        self.weights = Weights.of(x for n in self.networks.values() for x in n.layers)
         self.plan = functools.lru_cache(maxsize=16)(self._plan)
 
     def _plan(self, rows: int, columns: int) -> Plan:
@@ -184,7 +243,7 @@ class FusedModel:
         z_where = grid[1 : 1 + z_rows, 1 : 1 + z_columns].reshape(-1)
         phase = [doubled[y::2, x::2].reshape(-1) for y in (0, 1) for x in (0, 1)]
         programs = {}
-        writer = _Writer(slots, pitch)
+        writer = _Writer(slots, pitch, self.weights)
         for name, network in self.networks.items():
             lattice = self.lattices[int(name[5:])] if name.startswith("stage") else 0
             chosen = inside[lattice_positions(lattice, rows, columns)]
@@ -214,7 +273,7 @@ class FusedModel:
                 else:
                     read = inside if layer.buffer in last else doubled.reshape(-1)
                 write = np.arange(len(read)) if listed else read
-                for n in range(4 if layer.phases else 1):
+                for n in range(layer.phase_count):
                     writer.add(layer, n, read, phase[n] if layer.phases else write)
             by_buffer = {layer.buffer: layer for layer in network.layers}
             places = {
@@ -260,15 +319,12 @@ def _behind_the_last_reach(network: Network) -> set[str]:
 class _Writer:
     """Collects the operations of all networks of a plan."""
 
-    def __init__(self, slots: Mapping[str, Slot], pitch: int) -> None:
-        self.slots, self.pitch = slots, pitch
+    def __init__(self, slots: Mapping[str, Slot], pitch: int, weights: Weights) -> None:
+        self.slots, self.pitch, self.weights = slots, pitch, weights
         self.operations: list[list[int]] = []
         self.segments: list[tuple[int, int, int]] = []
         self.positions: list[Array] = []
-        self.weights: list[Array] = []
-        self.biases: list[Array] = []
-        self.scales: list[Array] = []
-        self.placed = self.weighed = self.rowed = 0
+        self.placed = 0
 
     def _listed(self, values: Array) -> int:
         """Where a list of positions begins; lists are filled up with their last one."""
@@ -280,15 +336,9 @@ class _Writer:
 
     def add(self, layer: Layer, phase: int, read: Array, write: Array) -> None:
         """A layer, or one phase of it, from the positions ``read`` to the positions ``write``."""
-        pick = slice(phase, None, 4) if layer.phases else slice(None)
-        weight, bias, scale = layer.weight[pick], layer.bias[pick], layer.scale[pick]
-        count = _padded(len(weight), WIDTH)
-        extra = count - len(weight)
-        weight = np.pad(weight, ((0, extra), (0, 0), (0, 0), (0, 0)))
-        bias, scale = np.pad(bias, (0, extra)), np.pad(scale, (0, extra), constant_values=1)
         reads, writes = self._listed(read), self._listed(write)
         first = len(self.segments)
-        half = weight.shape[-1] // 2
+        half = layer.weight.shape[-1] // 2
         for part in layer.parts:
             slot = self.slots[part.buffer]
             groups = _padded(part.channels, GROUP) // GROUP
@@ -297,32 +347,21 @@ class _Writer:
                     shift = y * self.pitch + x
                     at = slot.offset + shift * slot.stride
                     self.segments.append((at, slot.stride, groups))
-        if len(self.segments) - first > MAX_SEGMENTS:
-            raise NotFusible(f"{layer.buffer}: {len(self.segments) - first} segments")
         target = self.slots[layer.buffer]
-        for begin in range(0, count, WIDTH * VECTORS):
-            vectors = min(VECTORS, (count - begin) // WIDTH)
-            rows = slice(begin, begin + WIDTH * vectors)
-            panel = _panel(weight[rows], layer.parts, vectors)
+        for block in self.weights.blocks[layer.buffer, phase]:
             self.operations.append([
                 first, len(self.segments) - first, reads, len(self.positions[-1]),
-                writes, target.offset + begin * (2 if layer.wide else 1), target.stride,
-                self.weighed, self.rowed, vectors,
+                writes, target.offset + block.first * (2 if layer.wide else 1), target.stride,
+                block.weights, block.rows, block.vectors,
                 layer.low, layer.high, layer.zero, int(layer.wide),
             ])  # fmt: skip
-            self.weights.append(panel)
-            self.biases.append(bias[rows])
-            self.scales.append(scale[rows])
-            self.weighed += panel.size
-            self.rowed += WIDTH * vectors
 
     def tables(self) -> Tables:
         """What ``run_program`` takes."""
+        weights = self.weights
         return (
             np.array(self.operations, np.int64), np.array(self.segments, np.int64),
-            np.concatenate(self.positions), np.concatenate(self.weights),
-            np.concatenate(self.biases).astype(np.int32),
-            np.concatenate(self.scales).astype(np.float32),
+            np.concatenate(self.positions), weights.panels, weights.biases, weights.scales,
         )  # fmt: skip
 
 

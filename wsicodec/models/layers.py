@@ -55,8 +55,13 @@ class Layer:
     buffer: str
 
     @property
+    def phase_count(self) -> int:
+        """Sets of positions that it writes to."""
+        return 4 if self.phases else 1
+
+    @property
     def outputs(self) -> int:
-        return len(self.weight) // (4 if self.phases else 1)
+        return len(self.weight) // self.phase_count
 
     @property
     def reaches(self) -> bool:

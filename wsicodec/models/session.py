@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import weakref
@@ -94,8 +93,8 @@ class IntegerRunner(GraphRunner):
     and ``h`` comes out as uint8.
     """
 
-    def __init__(self, graph: bytes, *, eight_bit: bool = True) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: bytes, *, eight_bit: bool = True, optimise: bool = True) -> None:
+        super().__init__(graph, optimise=optimise)
         self._wanted = eight_bit
 
     def _build(self) -> Any:
@@ -156,21 +155,30 @@ class StageRunner:
     there the graph runs at all positions.
     """
 
-    def __init__(self, graph: bytes, lattice: int, *, eight_bit: bool = True) -> None:
-        self._graph, self._lattice, self._eight_bit = graph, lattice, eight_bit
-        self._cut = IntegerRunner(lattice_graph(graph, lattice), eight_bit=eight_bit)
+    def __init__(
+        self, graph: bytes, lattice: int, *, eight_bit: bool = True, optimise: bool = True
+    ) -> None:
+        self._graph, self._lattice = graph, lattice
+        self._eight_bit, self._optimise = eight_bit, optimise
+        self._made: dict[int, IntegerRunner] = {}
 
-    @functools.cached_property
-    def _whole(self) -> IntegerRunner:
-        return IntegerRunner(lattice_graph(self._graph, 0), eight_bit=self._eight_bit)
+    def _runner(self, lattice: int) -> IntegerRunner:
+        """The graph cut to a lattice when it first runs: where programs are compiled, never."""
+        made = self._made.get(lattice)
+        if made is not None:
+            return made
+        # no lock, which a fork could find taken: of two threads' runners one is kept
+        graph = lattice_graph(self._graph, lattice)
+        runner = IntegerRunner(graph, eight_bit=self._eight_bit, optimise=self._optimise)
+        return self._made.setdefault(lattice, runner)
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Outputs in the graph's order."""
         rows, columns = inputs["plane"].shape[2:]
         if min(rows, columns) > 1 or not self._lattice:
-            return self._cut(inputs)
+            return self._runner(self._lattice)(inputs)
         where = lattice_positions(self._lattice, rows, columns)
-        return [np.ascontiguousarray(o[:, :, where]) for o in self._whole(inputs)]
+        return [np.ascontiguousarray(o[:, :, where]) for o in self._runner(0)(inputs)]
 
 
 def _after_fork() -> None:
