@@ -825,6 +825,26 @@ class TestPage:
         assert "all 6 tiles" in text
         assert "--against SOURCE" in text
 
+    @pytest.mark.parametrize("floor", [None, FloorRecord(ssim=0.5)])
+    def test_tiles_below_a_floor_are_counted_where_one_is_set(
+        self, floor: FloorRecord | None, small: Path, tmp_path: Path
+    ) -> None:
+        """No tile misses a floor that nobody set, and none holds it either."""
+        path = coded_slide(small, tmp_path / "n.ome.tiff", averaged=0, floor=floor)
+        page = draw(collect(path))
+        text = check_page(page).text
+        assert ("No quality floor was set" in text) == (floor is None)
+        table = page[page.index("<table>") : page.index("</table>")]
+        assert re.findall("<td>([^<]*)</td></tr>", table) == ["–" if floor is None else "0"]
+
+    def test_tiles_that_are_coded_alike_need_no_map(self, small: Path, tmp_path: Path) -> None:
+        found = collect(coded_slide(small, tmp_path / "u.ome.tiff", averaged=0))
+        assert found.passport is not None
+        assert len(np.unique(found.passport.levels[0].mode)) == 1
+        page = draw(found)
+        assert 'alt="Mode by tile"' not in page
+        assert "learned 100.0 %" in check_page(page).text
+
     def test_by_psnr_and_deidentified(self, small: Path, tmp_path: Path) -> None:
         path = coded_slide(
             small,

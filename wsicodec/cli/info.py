@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wsicodec.slide.record import FileRecord
 
 _WORST = 5  # tiles that people are shown; --json lists ten
+_OF_SEVERAL_FILES = ("mirax", "hamamatsu", "dicom")  # formats whose slides may be
 _MAX_LISTED = 24  # items of a list in the file that are shown
 
 
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         return Exit.OK
-    _print_slide(info, levels)
+    record = info.record
+    _print_slide(info, levels, record is not None and record.floor is not None)
     if info.record is not None:
         _print_record(info.record, carried)
     if passport is not None and worst is not None:
@@ -89,14 +91,15 @@ def _passport_dict(
     }
 
 
-def _print_slide(info: SlideInfo, levels: Sequence[LevelFigures]) -> None:
+def _print_slide(info: SlideInfo, levels: Sequence[LevelFigures], floor: bool) -> None:
+    """floor: whether one was asked for."""
     from wsicodec.report.text import size_text
 
     print(
         f"{_line(str(info.path))}: {info.format}, {size_text(info.file_bytes)}, "
         f"{_line(info.compression)} tiles"
     )
-    _print_levels(levels)
+    _print_levels(levels, floor)
     sides = ["not stated" if mpp is None else f"{mpp:g}" for mpp in (info.mpp_x, info.mpp_y)]
     print(f"  resolution: {' x '.join(sides)} µm per pixel")
     power = "not stated" if info.magnification is None else f"{info.magnification:g}x"
@@ -107,7 +110,7 @@ def _print_slide(info: SlideInfo, levels: Sequence[LevelFigures]) -> None:
     print(f"  other images: {_listed(info.associated) or 'none'}")
 
 
-def _print_levels(levels: Sequence[LevelFigures]) -> None:
+def _print_levels(levels: Sequence[LevelFigures], floor: bool) -> None:
     """A row a level; fidelity where any level was measured."""
     from wsicodec.report.text import psnr_text, size_text, ssim_text
 
@@ -130,7 +133,7 @@ def _print_levels(levels: Sequence[LevelFigures]) -> None:
         if quality is not None:
             row += [psnr_text(v) for v in (quality.psnr_mean, quality.psnr_p01, quality.psnr_worst)]
             row += [ssim_text(v) for v in (quality.ssim_mean, quality.ssim_p01, quality.ssim_worst)]
-            row.append(f"{quality.below_floor} of {quality.measured}")
+            row.append(f"{quality.below_floor} of {quality.measured}" if floor else "-")
         elif measured:
             row += ["-"] * 7
         rows.append(row)
@@ -152,9 +155,10 @@ def _print_record(record: FileRecord, carried: int | None) -> None:
     print(f"  model carried in the file: {'no' if carried is None else size_text(carried)}")
     if record.source is not None:
         source = record.source
+        of_one = " of the file by which it is opened" if source.format in _OF_SEVERAL_FILES else ""
         print(
             f"  source: {_line(source.format)}, {_line(source.compression)}, "
-            f"{size_text(source.bytes)}, SHA-256 {_line(source.sha256)}"
+            f"{size_text(source.bytes)}, SHA-256{of_one} {_line(source.sha256)}"
         )
     print(f"  de-identified: {'yes, the source is not named' if record.deidentified else 'no'}")
     if record.glass is not None:

@@ -80,6 +80,8 @@ def distribution_section(findings: Findings) -> str:
 
 def level_section(findings: Findings) -> str:
     measured = any(level.quality for level in findings.levels)
+    record = findings.info.record
+    asked = record is not None and record.floor is not None
     plain = ["Level", "Pixels", "Downsample", "Tiles", "Stored", "Bits/px"]
     heads = "".join(f'<th scope="col" rowspan="2">{cell}</th>' for cell in plain)
     below = ""
@@ -91,14 +93,17 @@ def level_section(findings: Findings) -> str:
         )
         names = ["mean", "1st %ile", "worst"] * 2
         below = "".join(f'<th scope="col">{name}</th>' for name in names)
-    rows = "".join(f"<tr>{''.join(_cells(level, measured))}</tr>" for level in findings.levels)
+    rows = "".join(
+        f"<tr>{''.join(_cells(level, measured, asked))}</tr>" for level in findings.levels
+    )
     return (
         '<section><h2>Levels</h2><div class="scroll"><table><thead>'
         f"<tr>{heads}</tr><tr>{below}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
-def _cells(row: LevelFigures, measured: bool) -> list[str]:
+def _cells(row: LevelFigures, measured: bool, asked: bool) -> list[str]:
+    """Cells of a row. measured: the table has figures of tiles; asked: a floor was set."""
     level, quality = row.level, row.quality
     texts = [
         str(level.index),
@@ -119,7 +124,7 @@ def _cells(row: LevelFigures, measured: bool) -> list[str]:
                 ssim_text(quality.ssim_mean),
                 ssim_text(quality.ssim_p01),
                 ssim_text(quality.ssim_worst),
-                count_text(quality.below_floor),
+                count_text(quality.below_floor) if asked else "–",
             ]
     cells = [f"<td>{text}</td>" for text in texts]
     if quality is not None and quality.below_floor and measured:

@@ -146,19 +146,26 @@ def _level_maps(findings: Findings, level: Level, found: LevelMap) -> str:
                 _ramp(scale, values, unit) + keys,
             )
         )
-    factor = maps.pooling(found.rows, found.columns)
-    figures.append(
-        _map_figure(
-            findings,
-            level,
-            maps.mode_map(found.mode, found.bytes, factor),
-            factor,
-            "Mode by tile",
-            f"<b>How each tile is coded</b>{_pooled_text(factor, 'the rarest')}",
-            _mode_keys(found),
-        )
-    )
+    figures.append(_mode_figure(findings, level, found))
     return "".join(figures)
+
+
+def _mode_figure(findings: Findings, level: Level, found: LevelMap) -> str:
+    """The map of modes, or words alone where all tiles are of one kind."""
+    title, keys = "<b>How each tile is coded</b>", _mode_keys(found)
+    shared = found.bytes == 0
+    if not shared.any() and (found.mode == found.mode[0, 0]).all():
+        return f"<figure><figcaption>{title}</figcaption>{keys}</figure>"
+    factor = maps.pooling(found.rows, found.columns)
+    return _map_figure(
+        findings,
+        level,
+        maps.mode_map(found.mode, found.bytes, factor),
+        factor,
+        "Mode by tile",
+        f"{title}{_pooled_text(factor, 'the rarest')}",
+        keys,
+    )
 
 
 def bpp_grid(level: Level, found: LevelMap) -> maps.Values:
