@@ -803,6 +803,36 @@ class TestTiles:
             cleaned(50001, planted)
         assert cleaned(50001, stream + b"Mustermann") == stream
 
+    @pytest.mark.parametrize("kind", [b"JXL ", b"ftyp", b"jxll", b"jxlc", b"jxlp", b"xml "])
+    def test_boxes_behind_a_codestream(self, kind: bytes) -> None:
+        """Decoders of JPEG XL have seen enough by then, whatever the box says it is."""
+        image = np.ascontiguousarray(tissue(64, 64))
+        stream = bytes(imagecodecs.jpegxl_encode(image, usecontainer=True))
+        assert cleaned(50002, stream) == stream
+        planted = stream + b"\0\0\0\x12" + kind + b"Mustermann"
+        np.testing.assert_array_equal(imagecodecs.jpegxl_decode(planted), image)
+        with pytest.raises(UnsupportedError, match="metadata cannot be removed"):
+            cleaned(50002, planted)
+        with pytest.raises(FormatError, match="JPEG XL box"):
+            cleaned(50002, planted[:-1])
+
+    def test_codestream_in_parts(self) -> None:
+        image = np.ascontiguousarray(tissue(64, 64))
+        whole = bytes(imagecodecs.jpegxl_encode(image, usecontainer=True))
+        start, code = whole[:32], bytes(imagecodecs.jpegxl_encode(image))
+        parts = [(0, code[:500]), (1, code[500:900]), (1 << 31 | 2, code[900:])]
+        boxes = [
+            (12 + len(data)).to_bytes(4) + b"jxlp" + number.to_bytes(4) + data
+            for number, data in parts
+        ]
+        stream = b"".join([start, b"\0\0\0\x09jxll\x05", *boxes])
+        np.testing.assert_array_equal(imagecodecs.jpegxl_decode(stream), image)
+        assert cleaned(50002, stream) == stream
+        with pytest.raises(UnsupportedError, match="metadata cannot be removed"):
+            cleaned(50002, stream + boxes[1])
+        with pytest.raises(UnsupportedError, match="metadata cannot be removed"):
+            cleaned(50002, start)
+
     def test_streams_inside_our_own_tiles(self) -> None:
         """A tile may hold a stranger's JPEG, as it is or transcoded; what unfolds counts, too."""
         image = np.ascontiguousarray(tissue(64, 64))

@@ -456,6 +456,41 @@ def test_tiles_left_out_become_white(tmp_path: Path, kind: str) -> None:
             assert (left[:100, :100] == 255).all()
 
 
+def _without_end_of_tables(target: Path) -> Path:
+    """The bundled slide, one of its tiles left out, and no end marker in its JPEG tables."""
+    data = bytearray(_patched(CMU, target, 325, 2, 0).read_bytes())
+    with tifffile.TiffFile(CMU) as tiff:
+        tag, order = tiff.pages.first.tags[347], "little" if tiff.byteorder == "<" else "big"
+    assert data[tag.valueoffset :][: tag.count].endswith(b"\xff\xd9")
+    # type and count of the tag's entry come behind its code
+    place = tag.offset + 4
+    size = 8 if tiff.is_bigtiff else 4
+    data[place : place + size] = (tag.count - 2).to_bytes(size, order)
+    target.write_bytes(data)
+    return target
+
+
+def test_jpeg_tables_may_lack_their_end(tmp_path: Path) -> None:
+    source = _without_end_of_tables(tmp_path / "source.svs")
+    before = _streams(source)
+    assert before[0][0] is not None
+    assert not before[0][0].endswith(b"\xff\xd9")
+    wanted = _pixels(CMU)[0].copy()
+    wanted[:240, 480:720] = 255
+    for options in (PassOptions(), PassOptions(strip_metadata=True)):
+        copy = tmp_path / "copy.ome.tiff"
+        assert _copy(source, copy, replace(options, overwrite=True)).modes["left out"] == 1
+        assert _streams(copy)[0][0] == before[0][0]
+        np.testing.assert_array_equal(_pixels(copy)[0], wanted)
+        with Pillow.open(copy) as here:  # libtiff
+            np.testing.assert_array_equal(np.asarray(here)[:480, :960], wanted[:480, :960])
+    report = _transcode(source, tmp_path / "packed.tif")
+    assert report.modes == {"left out": 1, "transcoded": 129}
+    restore(tmp_path / "packed.tif", tmp_path / "again.tif")
+    again = _streams(tmp_path / "again.tif")
+    assert again == _streams(tmp_path / "copy.ome.tiff")
+
+
 @pytest.mark.parametrize("quality", [5, 30, 75, 100])
 @pytest.mark.parametrize("options", [{"subsampling": "420"}, {"subsampling": "444"}, {"rgb": True}])
 def test_white_jpeg_is_white(quality: int, options: dict[str, Any]) -> None:
@@ -646,6 +681,52 @@ def test_metadata_is_taken_out_and_pixels_stay(tmp_path: Path) -> None:
     np.testing.assert_array_equal(_pixels(tmp_path / "_copy.tif")[0], _pixels(source)[0])
     restore(tmp_path / "_transcode.tif", tmp_path / "again.tif")
     assert _streams(tmp_path / "again.tif") == _streams(tmp_path / "_copy.tif")
+
+
+@pytest.mark.parametrize("kind", ["scan", "scan, no end", "restart", "behind", "behind, ended"])
+@pytest.mark.parametrize("work", [_copy, _transcode])
+def test_nothing_hides_behind_the_last_block(
+    tmp_path: Path, kind: str, work: Callable[..., Any]
+) -> None:
+    """Decoders skip what a scan holds beyond its blocks: room for a name in any tile."""
+    with TiffReader(CMU) as slide:
+        tables = slide.stored_layout(0).jpegtables
+        tiles = [slide.tile_bytes(0, row, column) for row in range(2) for column in range(2)]
+    hide: dict[str, Callable[[bytes], bytes]] = {
+        "scan": lambda tile: tile[:-2] + SECRET + tile[-2:],
+        "scan, no end": lambda tile: tile[:-2] + SECRET,
+        "restart": lambda tile: tile[:-2] + b"\xff\xd0" + SECRET + tile[-2:],
+        "behind": lambda tile: tile + SECRET,
+        "behind, ended": lambda tile: tile + SECRET + tile[-2:],
+    }
+    streams = [tiles[0], hide[kind](tiles[1]), tiles[2], tiles[3]]
+    options: dict[str, Any] = {
+        "tile": (240, 240),
+        "compression": "jpeg",
+        "jpegtables": tables,
+        "subsampling": (1, 1),
+        "compressionargs": {"outcolorspace": "rgb"},
+    }
+    sound = _write_tiles(tmp_path / "sound.tif", np.empty((480, 480, 3)), tiles, **options)
+    options["compressionargs"] = {"outcolorspace": "rgb"}
+    source = _write_tiles(tmp_path / "s.tif", np.empty((480, 480, 3)), streams, **options)
+    assert SECRET in source.read_bytes()
+    target = tmp_path / "target.tif"
+    if work is _transcode and kind == "scan, no end":
+        with pytest.raises(SlideError, match="breaks off"):
+            work(source, target, PassOptions(strip_metadata=True))
+        return
+    work(source, target, PassOptions(strip_metadata=True))
+    assert SECRET not in target.read_bytes()
+    if work is _transcode:
+        restore(target, tmp_path / "again.tif")
+        target = tmp_path / "again.tif"
+    found = _streams(target)
+    assert found[0][1][0::2] == tiles[0::2]
+    if kind == "scan, no end":
+        assert found[0][1][1] == tiles[1][:-2]
+    else:
+        assert found == _streams(sound)
 
 
 def test_jfif_and_adobe_say_the_colours_still() -> None:
@@ -1181,5 +1262,15 @@ def test_tables_go_in_and_out() -> None:
             assert without_tables(tables, whole, head) == tile
     with pytest.raises(FormatError, match="not framed"):
         with_tables(b"\xff\xd8", tile)
+    tables, tile = next(_jpegs())
+    assert tables is not None
+    whole = with_tables(tables, tile)
+    # the end marker is where the last segment ends, or not there
+    for odd in (tables[:-2], tables + b"\0\0", tables[:-2] + b"\xff" + tables[-2:] + b"\0"):
+        assert with_tables(odd, tile) == whole
+        assert without_tables(odd, whole) == tile
+    for cut in (tables[:-1], tables[:-3], tables[:40], tables[:-2] + b"\0"):
+        with pytest.raises(FormatError, match="JPEG"):
+            with_tables(cut, tile)
     with pytest.raises(FormatError, match="does not start"):
         with_tables(None, b"\0" + tile)

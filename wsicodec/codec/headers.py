@@ -278,11 +278,13 @@ _JXL_HEADER_BYTES = 64
 MAX_TRANSCODED_SEGMENTS = 64
 """APPn and COM segments, and stray bytes between segments, that a transcoded JPEG may bring: each
 can unfold from nothing to 64 KiB."""
-_JXL_START = JXL_BOX_MAGIC + b"\0\0\0\x14ftypjxl \0\0\0\0jxl "
+JXL_START = JXL_BOX_MAGIC + b"\0\0\0\x14ftypjxl \0\0\0\0jxl "
+"""The first two boxes of a container, the same in all of them."""
 _JXL_STREAM, _JXL_METADATA = (b"jxlc", b"jxlp"), (b"Exif", b"xml ")
 _JBRD = b"jbrd"
 _JBRD_START = 1024
-_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+"""(width, height) of an image whose header tells its height and, from 1 on, one of these."""
 
 
 def jpegxl_size(data: bytes, *, whole: bool) -> tuple[int, int]:
@@ -310,10 +312,10 @@ def transcoded_size(data: bytes, *, metadata: bool = False) -> tuple[int, int]:
     but what the picture needs.
     """
     what = "transcoded JPEG"
-    if not data.startswith(_JXL_START):
+    if not data.startswith(JXL_START):
         raise FormatError(f"{what} is not a JPEG XL container")
     found, levels = [], 0
-    for box in boxes(data, what, len(_JXL_START)):
+    for box in boxes(data, what, len(JXL_START)):
         if box.kind == _JBRD:
             found.append(data[box.start : box.end])
         elif box.kind == b"jxll" and box.end - box.start == 1 and not levels:
@@ -357,7 +359,7 @@ def _jxl_header(data: bytes) -> tuple[int, int]:
         height = 8 * (1 + bits.read(5)) if by_eight else u32(*plain)
         ratio = bits.read(3)
         if ratio:
-            over, under = _JXL_RATIOS[ratio - 1]
+            over, under = JXL_RATIOS[ratio - 1]
             return height, height * over // under
         return height, 8 * (1 + bits.read(5)) if by_eight else u32(*plain)
 

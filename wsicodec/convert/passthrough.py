@@ -249,7 +249,7 @@ class _FromReader(PassingLevel):
         data = self._reader.tile_bytes(self._level.index, row, column)
         if self._strip:
             with _naming(self._name(row, column)):
-                data = cleaned(self.before.compression, data)
+                data = cleaned(self.before.compression, data, self.before.jpegtables)
         return data
 
     def _first(self) -> bytes | None:

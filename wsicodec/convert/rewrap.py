@@ -30,7 +30,6 @@ from wsicodec.errors import (
     UnsupportedError,
     VerifyError,
 )
-from wsicodec.slide import omexml
 from wsicodec.slide.directories import (
     BigTiff,
     Directory,
@@ -46,6 +45,7 @@ from wsicodec.slide.ometiff import (
     SlideMetadata,
     flat_description,
     is_aperio,
+    ome_description,
 )
 from wsicodec.slide.pages import named
 from wsicodec.slide.placing import atomic_file
@@ -339,21 +339,7 @@ def _description(job: Job, main: PassingLevel, svs: bool) -> bytes:
         return (metadata.description or "").encode()
     if job.options.layout == "flat":
         return flat_description(metadata, _software()).encode()
-    slide = omexml.OmeImage(
-        name=metadata.name,
-        size_x=main.after.width,
-        size_y=main.after.height,
-        mpp_x=metadata.mpp_x,
-        mpp_y=metadata.mpp_y,
-        magnification=metadata.magnification,
-        description=metadata.description,
-        acquisition_date=metadata.acquisition_date,
-    )
-    others = [
-        omexml.OmeImage(image.name, image.pixels.shape[1], image.pixels.shape[0])
-        for image in job.associated
-    ]
-    return omexml.build([slide, *others], creator=_software())
+    return ome_description(main.after, metadata, _software(), job.associated)
 
 
 def _software() -> str:
@@ -433,7 +419,9 @@ def _stored_beside(image: AssociatedImage, job: Job) -> tuple[StoredLayout, Sequ
     if not job.options.strip_metadata:
         return stored, stored.segments
     try:
-        segments = [cleaned(stored.compression, segment) for segment in stored.segments]
+        segments = [
+            cleaned(stored.compression, segment, stored.jpegtables) for segment in stored.segments
+        ]
         tables = stored.jpegtables and cleaned(_JPEG, stored.jpegtables)
     except (FormatError, UnsupportedError):
         return None

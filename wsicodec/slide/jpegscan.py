@@ -10,6 +10,7 @@ No pixel is made, so that this takes a fraction of the time of decoding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass, field
@@ -85,6 +86,31 @@ def check_scans(stream: bytes, tables: bytes | None = None) -> None:
         )
         position = headers.read(stream, end)
     headers.check_complete()
+
+
+def without_leftovers(stream: bytes, tables: bytes | None = None) -> bytes:
+    """The stream without bytes between the last block of a scan and the next marker; same pixels.
+
+    No decoder looks at them. tables: as in ``check_scans``. What is damaged stays as it is, and so
+    do scans that are not walked.
+    """
+    headers = _Headers()
+    data = np.frombuffer(stream, np.uint8)
+    kept, start = [], 0
+    with contextlib.suppress(FormatError):
+        if tables is not None:
+            headers.read_tables(tables)
+        position = headers.read(stream, 2)
+        while position is not None:
+            plan = headers.plan()
+            end = end_of_scan(stream, position)
+            if plan is not None:
+                status, unit, behind = _outcome(data, position, plan)
+                if status in (_FINE, _LEFT_OVER) and unit + 1 == plan.units:
+                    kept.append(stream[start:behind])
+                    start = end
+            position = headers.read(stream, end)
+    return b"".join([*kept, stream[start:]])
 
 
 @dataclass
@@ -385,10 +411,7 @@ def _walked(stream: bytes, data: _Array, position: int, plan: _Plan) -> int:
 
     data: the stream as an array.
     """
-    status, unit, position = _walk(
-        data, position, plan.units, plan.interval, plan.blocks, plan.look, plan.last, plan.base,
-        plan.entries, plan.most, plan.furthest,
-    )  # fmt: skip
+    status, unit, position = _outcome(data, position, plan)
     if status == _LEFT_OVER and unit + 1 == plan.units:
         end = end_of_scan(stream, position)
         rest = stream[position:end].rstrip(b"\xff")  # which fill before a marker
@@ -398,7 +421,16 @@ def _walked(stream: bytes, data: _Array, position: int, plan: _Plan) -> int:
         raise FormatError(
             f"JPEG scan is damaged: {_PROBLEMS[status]} block group {unit + 1} of {plan.units}"
         )
-    return int(position)
+    return position
+
+
+def _outcome(data: _Array, position: int, plan: _Plan) -> tuple[int, int, int]:
+    """As ``_walk`` returns it."""
+    status, unit, position = _walk(
+        data, position, plan.units, plan.interval, plan.blocks, plan.look, plan.last, plan.base,
+        plan.entries, plan.most, plan.furthest,
+    )  # fmt: skip
+    return int(status), int(unit), int(position)
 
 
 @compiled

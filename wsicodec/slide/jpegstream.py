@@ -86,13 +86,25 @@ def without_metadata(stream: bytes) -> bytes:
 def with_tables(tables: bytes | None, stream: bytes, head: bytes = b"") -> bytes:
     """One stream that needs no tables from elsewhere; head: segments to insert behind SOI.
 
+    tables: may lack their end marker, as those of real files do, or have bytes behind it.
     Raises FormatError where one of the two is not framed as a JPEG stream.
     """
     if stream[:2] != START:
         raise FormatError("JPEG stream does not start with ff d8")
-    if tables is not None and (tables[:2] != START or tables[-2:] != END or len(tables) < 4):
+    return START + head + (b"" if tables is None else _between(tables)) + stream[2:]
+
+
+def _between(tables: bytes) -> bytes:
+    """The segments of a stream of tables, without SOI and EOI."""
+    if tables[:2] != START or len(tables) < 4:
         raise FormatError("JPEG tables are not framed by ff d8 and ff d9")
-    return START + head + (b"" if tables is None else tables[2:-2]) + stream[2:]
+    if tables[-2:] == END:
+        return tables[2:-2]
+    end = 2
+    for marker, _, behind in segments(tables):
+        if marker != _EOI:
+            end = behind
+    return tables[2:end]
 
 
 def without_tables(tables: bytes | None, whole: bytes, head: bytes = b"") -> bytes:

@@ -24,7 +24,7 @@ from wsicodec.slide import omexml
 from wsicodec.slide.jpegstream import jpeg_colours
 from wsicodec.slide.layout import aperio_values, positive_number
 from wsicodec.slide.passport import TAG_PASSPORT
-from wsicodec.slide.protocol import AssociatedImage, Image, StoredImage
+from wsicodec.slide.protocol import AssociatedImage, Image, StoredImage, StoredLayout
 from wsicodec.slide.record import TAG_MODEL, TAG_RECORD, FileRecord
 from wsicodec.slide.repacking import repack, unpack
 
@@ -115,7 +115,7 @@ def check_slide(
     """Raise what ``write_slide`` would raise of this, before any tile is coded."""
     _check(levels, layout, associated)
     if layout == "subifd":
-        _ome(levels[0], metadata, "wsicodec", associated)
+        ome_description(levels[0], metadata, "wsicodec", associated)
 
 
 def write_slide(
@@ -170,7 +170,7 @@ def write_slide(
         late.sort(key=lambda image: {"label": 0, "macro": 1}.get(image.name, 2))
     svs = layout == "flat" and bool(early) and is_aperio(metadata)
     if layout == "subifd":
-        description = _ome(levels[0], metadata, software, associated)
+        description = ome_description(levels[0], metadata, software, associated)
     elif svs:
         description = (metadata.description or "").encode()
     else:
@@ -233,13 +233,16 @@ def _private_tags(
     return tags
 
 
-def _ome(
-    level: CodedLevel,
+def ome_description(
+    level: CodedLevel | StoredLayout,
     metadata: SlideMetadata,
     software: str,
     associated: Sequence[AssociatedImage],
 ) -> bytes:
-    """OME-XML of level 0 and of the images that follow its directory."""
+    """OME-XML of level 0 and of the images that follow its directory.
+
+    Raises as ``omexml.build`` does.
+    """
     main = omexml.OmeImage(
         name=metadata.name,
         size_x=level.width,

@@ -44,6 +44,7 @@ from wsicodec.slide.protocol import (
     SlideInfo,
     SlideReader,
 )
+from wsicodec.slide.region import empty_region
 
 INSTALL = 'pip install "wsicodec[openslide]"'
 
@@ -169,12 +170,8 @@ class OpenSlideReader(SlideReader):
         if not 0 <= level < len(self._grids):
             raise SettingsError(f"{self.path}: no level {level} among {len(self._grids)}")
         grid = self._grids[level]
-        if not (0 <= y <= y + height <= grid.height and 0 <= x <= x + width <= grid.width):
-            raise SettingsError(
-                f"{self.path}: level {level}: region of {height} x {width} at ({y}, {x}) is not "
-                f"inside {grid.height} x {grid.width} (rows x columns)"
-            )
-        region = np.empty((height, width, 3), np.uint8)
+        place = y, x, height, width
+        region = empty_region((grid.height, grid.width), f"{self.path}: level {level}", place)
         if not region.size:
             return region
         if grid.rows:

@@ -10,6 +10,21 @@ from wsicodec.errors import SettingsError
 from wsicodec.slide.protocol import Image, Level
 
 
+def empty_region(size: tuple[int, int], where: str, place: tuple[int, int, int, int]) -> Image:
+    """A uint8 (height, width, 3) array for the pixels of a rectangle, not set yet.
+
+    size: height and width of the level; the others as in ``region_of_tiles``.
+    Raises SettingsError for a rectangle that is not inside the level.
+    """
+    y, x, height, width = place
+    if not (0 <= y <= y + height <= size[0] and 0 <= x <= x + width <= size[1]):
+        raise SettingsError(
+            f"{where}: region of {height} x {width} at ({y}, {x}) is not inside "
+            f"{size[0]} x {size[1]} (rows x columns)"
+        )
+    return np.empty((height, width, 3), np.uint8)
+
+
 def region_of_tiles(
     level: Level,
     where: str,
@@ -22,15 +37,10 @@ def region_of_tiles(
     the level. where: the file and level, for the message.
     Raises SettingsError for a rectangle that is not inside the level.
     """
-    y, x, height, width = place
-    if not (0 <= y <= y + height <= level.height and 0 <= x <= x + width <= level.width):
-        raise SettingsError(
-            f"{where}: region of {height} x {width} at ({y}, {x}) is not inside "
-            f"{level.height} x {level.width} (rows x columns)"
-        )
-    region = np.empty((height, width, 3), np.uint8)
+    region = empty_region((level.height, level.width), where, place)
     if not region.size:
         return region
+    y, x, height, width = place
     tall, wide = level.tile_height, level.tile_width
     for row in range(y // tall, (y + height - 1) // tall + 1):
         for column in range(x // wide, (x + width - 1) // wide + 1):

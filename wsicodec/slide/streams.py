@@ -6,13 +6,12 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from wsicodec.codec.headers import J2K_MAGIC, JXL_MAGIC, Box, boxes
+from wsicodec.codec.headers import J2K_MAGIC, JXL_MAGIC, JXL_RATIOS, Box, boxes
 from wsicodec.errors import FormatError
 from wsicodec.slide.jpegstream import START
 
 # as libjpeg searches: over stray bytes, stuffing and fill, and markers without a length
 _JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 _JXL_HEAD = 16  # bytes that hold the size
 _MAX_STEPS = 4096  # segments or boxes before the header
 
@@ -67,14 +66,14 @@ def _jpeg(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _boxes(data: bytes) -> Iterator[Box]:
+def _first_boxes(data: bytes) -> Iterator[Box]:
     return itertools.islice(boxes(data, "stream"), _MAX_STEPS)
 
 
 def _jpeg2000(data: bytes) -> tuple[int, int, int] | None:
     start = 0
     if not data.startswith(J2K_MAGIC):
-        start = next((box.start for box in _boxes(data) if box.kind == b"jp2c"), len(data))
+        start = next((box.start for box in _first_boxes(data) if box.kind == b"jp2c"), len(data))
         if not data.startswith(J2K_MAGIC, start):
             return None
     right, bottom, left, top = (_big(data, start + 8 + 4 * i, 4) for i in range(4))
@@ -108,7 +107,7 @@ def _jpegxl(data: bytes) -> tuple[int, int, int] | None:
     if not head.startswith(JXL_MAGIC):
         # in a container: the box of the codestream, or of its parts, each behind a counter
         head = b""
-        for box in _boxes(data):
+        for box in _first_boxes(data):
             if box.kind in (b"jxlc", b"jxlp"):
                 start = box.start + (4 if box.kind == b"jxlp" else 0)
                 head += data[start : min(box.end, start + _JXL_HEAD)]
@@ -133,7 +132,7 @@ def _jpegxl(data: bytes) -> tuple[int, int, int] | None:
     height = side(by_eight)
     ratio = read(3)
     if ratio:
-        over, under = _JXL_RATIOS[ratio - 1]
+        over, under = JXL_RATIOS[ratio - 1]
         return height, height * over // under, 0
     return height, side(by_eight), 0
 

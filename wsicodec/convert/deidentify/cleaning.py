@@ -6,7 +6,9 @@ import dataclasses
 
 from wsicodec import bitstream
 from wsicodec.bitstream import Mode
+from wsicodec.codec.headers import JXL_MAGIC, JXL_START, boxes
 from wsicodec.errors import FormatError, UnsupportedError
+from wsicodec.slide.jpegscan import without_leftovers
 from wsicodec.slide.jpegstream import segments, without_metadata
 
 _JPEG = 7
@@ -14,7 +16,7 @@ _JPEG2000 = (33003, 33004, 33005, 34712)
 _WEBP = (34927, 50001)
 _JPEGXL = (50002, 52546)
 _LEARNED = 60642
-_NO_METADATA = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)  # nothing but samples
+_NO_METADATA = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)  # no place but behind samples
 _PAYLOADS = {Mode.JPEG: 7, Mode.JPEG2000: 34712, Mode.JPEGXL: 50002, Mode.LOSSLESS: 50002}
 
 # SOF, DHT, SOI and EOI, SOS, DQT, DNL, DRI, JFIF, Adobe: what decoding asks for
@@ -28,12 +30,11 @@ _J2K_PICTURE = bytes.fromhex("90 50 51 52 53 55 57 58 59 5c 5d 5e 5f 60 61 63")
 
 _WEBP_PICTURE = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH"}
 
-_JXL_START = b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl \0\0\0\0jxl "
-_JXL_PICTURE = {b"JXL ", b"ftyp", b"jxll", b"jxlc", b"jxlp"}
+_JXL_LAST = 0x80  # in the first byte of a part of a codestream
 
 
-def cleaned(compression: int, stream: bytes) -> bytes:
-    """The stream without metadata. compression: value of TIFF tag 259.
+def cleaned(compression: int, stream: bytes, tables: bytes | None = None) -> bytes:
+    """The stream without metadata. compression: value of TIFF tag 259. tables: of JPEG, tag 347.
 
     Raises FormatError for a stream that cannot be taken apart, UnsupportedError where it holds
     metadata that this does not know how to remove.
@@ -41,7 +42,7 @@ def cleaned(compression: int, stream: bytes) -> bytes:
     if not stream or compression in _NO_METADATA:
         return stream
     if compression == _JPEG:
-        return bare_jpeg(stream)
+        return bare_jpeg(stream, tables)
     if compression == _LEARNED:
         return _bare_tile(stream)
     if compression in _JPEG2000 and stream[:2] == b"\xff\x4f":
@@ -52,8 +53,7 @@ def cleaned(compression: int, stream: bytes) -> bytes:
         if _WEBP_PICTURE.issuperset(_chunks(whole)):
             return whole
     elif compression in _JPEGXL and (
-        stream[:2] == b"\xff\x0a"
-        or (stream.startswith(_JXL_START) and _JXL_PICTURE.issuperset(_boxes(stream)))
+        stream.startswith(JXL_MAGIC) or (stream.startswith(JXL_START) and _only_codestream(stream))
     ):
         return stream
     raise UnsupportedError(
@@ -62,9 +62,11 @@ def cleaned(compression: int, stream: bytes) -> bytes:
     )
 
 
-def bare_jpeg(stream: bytes) -> bytes:
+def bare_jpeg(stream: bytes, tables: bytes | None = None) -> bytes:
     """A JPEG stream, or tables, of nothing but the segments that decoding asks for.
 
+    tables: tag 347, for an abbreviated stream: its last block is found by them, and what is behind
+    it taken out, too.
     Raises FormatError for what is no JPEG, UnsupportedError for a segment of unknown purpose.
     """
     bare = without_metadata(stream)
@@ -74,7 +76,7 @@ def bare_jpeg(stream: bytes) -> bytes:
                 f"JPEG segment ff {marker:02x} may be more than picture; convert the slide with a "
                 "codec instead"
             )
-    return bare
+    return without_leftovers(bare, tables)
 
 
 def _bare_tile(data: bytes) -> bytes:
@@ -151,17 +153,14 @@ def _chunks(stream: bytes) -> list[bytes]:
     return names
 
 
-def _boxes(stream: bytes) -> list[bytes]:
-    """Types of the boxes of a JPEG-XL container."""
-    names, position = [], 0
-    while position < len(stream):
-        length = int.from_bytes(stream[position : position + 4])
-        names.append(stream[position + 4 : position + 8])
-        if length == 1:
-            length = int.from_bytes(stream[position + 8 : position + 16])
-        if length == 0:
-            break
-        if length < 8:
-            raise FormatError(f"JPEG-XL box at byte {position} is broken")
-        position += length
-    return names
+def _only_codestream(stream: bytes) -> bool:
+    """True for a JPEG-XL container of one codestream, whole or in parts, and its level."""
+    found = list(boxes(stream, "JPEG XL", len(JXL_START)))
+    if found and found[0].kind == b"jxll" and found[0].end - found[0].start == 1:
+        del found[0]
+    kinds = {box.kind for box in found}
+    if kinds == {b"jxlc"}:
+        return len(found) == 1
+    # no decoder looks at what comes behind the last part
+    last = [stream[box.start] & _JXL_LAST for box in found if box.end - box.start >= 4]
+    return kinds == {b"jxlp"} and len(last) == len(found) and not any(last[:-1])

@@ -111,7 +111,7 @@ def stripped(stored: StoredImage | None) -> StoredImage | None:
             return None
         return dataclasses.replace(
             jpeg,
-            segments=tuple(bare_jpeg(segment) for segment in jpeg.segments),
+            segments=tuple(bare_jpeg(segment, jpeg.jpegtables) for segment in jpeg.segments),
             jpegtables=None if jpeg.jpegtables is None else bare_jpeg(jpeg.jpegtables),
         )
     except (FormatError, UnsupportedError):
