@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,9 +16,12 @@ import pytest
 import tifffile
 from slides import CMU, ROOT, nothing_left, tissue, write_svs
 
-from wsicodec.cli import demo, doctor, main
+from wsicodec.cli import demo, doctor, info, main
+from wsicodec.cli.common import convert_bar
+from wsicodec.convert import ConvertProgress
 from wsicodec.models import find_model
 from wsicodec.slide.opening import open_slide
+from wsicodec.slide.record import FROM_SOURCE, FileRecord, SourceIdentity
 
 COMMANDS = ["convert", "info", "verify", "export", "models list", "doctor", "demo"]
 
@@ -183,6 +187,26 @@ class TestConvert:
         nothing_left(tmp_path)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_says_when_the_file_is_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with convert_bar("converting", quiet=False) as bar:
+        assert bar is not None
+        bar(ConvertProgress(0, 7, 7, 100, 100, 10, 90))
+        coding = len(terminal.getvalue())
+        bar(ConvertProgress(0, 7, 7, 100, 100, 10, 90, assembling=True))
+    text = terminal.getvalue()
+    assert "assembling" not in text[:coding]
+    assert "assembling" in text[coding:]
+
+
 class TestInfo:
     def test_for_people(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["info", str(CMU)]) == 0
@@ -197,6 +221,28 @@ class TestInfo:
         assert info["record"]["codec"] == "jpeg"
         assert info["embedded_model_bytes"] is None
         assert len(info["levels"]) == 2
+
+    @pytest.mark.parametrize(("asked", "shown"), [([], "-"), (["--floor-ssim", "0.5"], "0 of 4")])
+    def test_tiles_below_a_floor_that_was_not_set(
+        self, svs: Path, tmp_path: Path, asked: list[str], shown: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        target = tmp_path / "measured.ome.tiff"
+        assert main(["convert", str(svs), str(target), "--codec", "jpeg", "--measure", *asked]) == 0
+        capsys.readouterr()
+        assert main(["info", str(target)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        header = next(i for i, line in enumerate(lines) if "below floor" in line)
+        assert lines[header + 1].endswith(f" {shown}")
+
+
+@pytest.mark.parametrize(("form", "said"), [("mirax", True), ("svs", False)])
+def test_info_says_what_a_digest_is_of(
+    form: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = SourceIdentity("ab" * 32, 5, form, "jpeg")
+    info._print_record(FileRecord("1", "jpeg", 70, (), (), (FROM_SOURCE,), source=source), None)
+    assert ("of the file by which it is opened abab" in capsys.readouterr().out) is said
 
 
 class TestVerify:

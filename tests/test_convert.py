@@ -328,6 +328,9 @@ class TestSettings:
             ({"codec": "copy", "quality": 50}, SettingsError),
             ({"codec": "copy", "glass": "drop"}, SettingsError),
             ({"codec": "copy", "tile_size": 512}, SettingsError),
+            ({"codec": "copy", "resume": True}, SettingsError),
+            ({"codec": "copy", "embed_model": True}, SettingsError),
+            ({"codec": "jpegxl", "lossless_transcode": True, "resume": True}, SettingsError),
             ({"codec": "jpeg", "lossless_transcode": True}, SettingsError),
             ({"cache_bytes": -1}, SettingsError),
         ],
@@ -376,6 +379,14 @@ class TestSettings:
             ["--codec", "jpeg", "--macro", "blank"],
             ["--codec", "lossless", "--quality", "30"],
             ["--codec", "lossless", "--preset", "archive"],
+            ["--codec", "copy", "--resume"],
+            ["--codec", "copy", "--quality", "70"],
+            ["--codec", "copy", "--preset", "diagnostic"],
+            ["--codec", "copy", "--measure", "sample"],
+            ["--codec", "copy", "--tissue", "otsu"],
+            ["--codec", "copy", "--embed-model"],
+            ["--codec", "jpegxl", "--lossless-transcode", "--resume"],
+            ["--codec", "jpegxl", "--lossless-transcode", "--quality", "70"],
         ],
         ids=" ".join,
     )
@@ -638,6 +649,149 @@ class TestPlacing:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert no.value.errno == errno.EFBIG
         nothing_left(tmp_path)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from wsicodec.slide import placing
+_, target, moment, overwrite = sys.argv
+rename = Path.rename
+
+def kill(self, to):
+    if moment == "between" and Path(to) == Path(target):
+        os._exit(9)
+    rename(self, to)
+    if moment == "after" and Path(to) == Path(target):
+        os._exit(9)
+
+def kill_removing(folder, **_):
+    if Path(folder).name.endswith(".gone"):
+        next(Path(folder).iterdir()).unlink()
+        os._exit(9)
+
+Path.rename = kill
+if moment == "removing":
+    placing.shutil.rmtree = kill_removing
+with placing.atomic_folder(Path(target), overwrite=overwrite == "1") as folder:
+    (folder / "a").write_text("new")
+    (folder / "b").write_text("new")
+"""
+
+
+class TestKilledWhileReplacing:
+    """The folder that is replaced is set aside for a moment: it must not be lost there."""
+
+    def killed(self, target: Path, moment: str, *, overwrite: bool = True) -> None:
+        if not target.exists():
+            target.mkdir()
+            for name in ("a", "b"):
+                (target / name).write_text("old")
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(target), moment, str(int(overwrite))],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert done.returncode == 9
+
+    def test_between_the_renames(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.zarr"
+        self.killed(target, "between")
+        assert not target.exists()
+        assert placing.put_back(target)
+        assert {path.read_text() for path in target.iterdir()} == {"old"}
+        assert not placing.put_back(target)
+        for part in tmp_path.glob(".a.zarr.*.part"):
+            shutil.rmtree(part)
+        nothing_left(tmp_path, "a.zarr")
+
+    def test_between_the_renames_and_written_again(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.zarr"
+        self.killed(target, "between")
+        with (
+            pytest.raises(SlideError, match=r"set aside .* is back"),
+            placing.atomic_folder(target, overwrite=False),
+        ):
+            pass
+        assert (target / "a").read_text() == "old"
+        with placing.atomic_folder(target, overwrite=True) as folder:
+            (folder / "a").write_text("newest")
+        assert [path.name for path in target.iterdir()] == ["a"]
+        assert not list(tmp_path.glob(".*.old"))
+
+    @pytest.mark.parametrize("moment", ["after", "removing"])
+    def test_after_the_renames(self, tmp_path: Path, moment: str) -> None:
+        target = tmp_path / "a.zarr"
+        self.killed(target, moment)
+        assert not placing.put_back(target)
+        assert {path.read_text() for path in target.iterdir()} == {"new"}
+        # in a target that somebody else put there, something may be missing
+        assert bool(list(tmp_path.glob(".*.old"))) is (moment == "after")
+        with placing.atomic_folder(target, overwrite=True):
+            pass
+        nothing_left(tmp_path, "a.zarr")
+
+    def test_by_a_process_of_the_same_number(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.zarr"
+        for path in (target, tmp_path / f".a.zarr.{os.getpid()}.old"):
+            path.mkdir()
+            (path / "a").write_text("old")
+        with placing.atomic_folder(target, overwrite=True) as folder:
+            (folder / "b").write_text("new")
+        assert [path.name for path in target.iterdir()] == ["b"]
+        nothing_left(tmp_path, "a.zarr")
+
+    def test_what_was_being_removed_is_never_put_back(self, tmp_path: Path) -> None:
+        """It has lost files already."""
+        target = tmp_path / "a.zarr"
+        self.killed(target, "removing")
+        shutil.rmtree(target)
+        assert not placing.put_back(target)
+        nothing_left(tmp_path)
+
+    def test_the_latest_of_several(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.zarr"
+        self.killed(target, "between")
+        (tmp_path / ".a.zarr.1.old").mkdir()
+        time.sleep(0.05)
+        (kept,) = (path for path in tmp_path.glob(".*.old") if path.name != ".a.zarr.1.old")
+        kept.rename(tmp_path / ".a.zarr.2.old")
+        assert placing.put_back(target)
+        assert (target / "a").read_text() == "old"
+        assert (tmp_path / ".a.zarr.1.old").is_dir()
+
+    def test_names_of_others(self, tmp_path: Path) -> None:
+        others = [
+            ".b.zarr.1.old",
+            ".a.zarr.x.old",
+            ".a.zarr.old",
+            "a.zarr.1.old",
+            ".a.zarr.1.older",
+        ]
+        for name in others:
+            (tmp_path / name).mkdir()
+        (tmp_path / ".a.zarr.7.old").write_text("no folder")
+        assert not placing.put_back(tmp_path / "a.zarr")
+        (tmp_path / "a.zarr").mkdir()
+        assert not placing.put_back(tmp_path / "a.zarr")
+        nothing_left(tmp_path, "a.zarr", ".a.zarr.7.old", *others)
+
+    def test_converted_again(self, svs: Path, tmp_path: Path) -> None:
+        target = tmp_path / "a.zarr"
+        convert(svs, target, ConvertSettings("jpeg", levels=1))
+        before = sorted(path.relative_to(target) for path in target.rglob("*"))
+        target.rename(tmp_path / ".a.zarr.123.old")
+        calls: list[ConvertProgress] = []
+        with pytest.raises(SlideError, match=r"a\.zarr: .*set aside .* is back"):
+            convert(svs, target, ConvertSettings("jpeg"), calls.append)
+        assert not calls
+        assert sorted(path.relative_to(target) for path in target.rglob("*")) == before
+        target.rename(tmp_path / ".a.zarr.123.old")
+        report = convert(svs, target, ConvertSettings("jpeg", levels=2, overwrite=True))
+        assert any("is back" in text for text in report.warnings)
+        with open_slide(target) as slide:
+            assert len(slide.levels) == 2
+        nothing_left(tmp_path, "a.zarr")
 
 
 class TestFailuresLeaveNothing:

@@ -41,7 +41,7 @@ from wsicodec.slide.omezarr import write_omezarr
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.protocol import AssociatedImage, SlideReader, StoredImage
 from wsicodec.slide.record import AREA_AVERAGE, FROM_SOURCE, FileRecord, ModelId
-from wsicodec.slide.zarrarray import MISSING, crc32c
+from wsicodec.slide.zarrarray import MISSING, crc32c, folder_bytes
 from wsicodec.slide.zarrreader import ZarrReader
 
 CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "lossless")
@@ -1082,6 +1082,22 @@ def test_zarr_itself_is_not_needed(sound: Path) -> None:
         "assert not {'zarr', 'numcodecs'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_files_that_vanish_while_a_folder_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"1234")
+    walk = os.walk
+
+    def walked(top: Path) -> Iterator[Any]:
+        for root, folders, names in walk(top):
+            Path(root, "b").unlink()
+            yield root, folders, names
+
+    monkeypatch.setattr(os, "walk", walked)
+    assert folder_bytes(tmp_path) == 8
 
 
 class TestReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -25,11 +26,13 @@ from hypothesis import strategies as st
 from slides import CMU, ROOT, nothing_left, tissue, write_svs
 
 from wsicodec.convert import ConvertPlan, ConvertProgress, ConvertSettings, convert, make_plan
+from wsicodec.convert.batch import BatchSettings, convert_batch
 from wsicodec.convert.blocks import Block, CodedBlock
 from wsicodec.convert.source import Source, SourceDigest
 from wsicodec.convert.tiles import GLASS, CodedTile
 from wsicodec.convert.work import Work, work_folder
-from wsicodec.errors import SlideError
+from wsicodec.errors import ModelError, SlideError, UnknownModelError
+from wsicodec.models import store
 from wsicodec.slide.opening import open_slide
 from wsicodec.slide.record import SourceIdentity
 
@@ -193,6 +196,28 @@ def test_a_change_that_no_sample_shows(svs: Path, tmp_path: Path) -> None:
         files.check_unchanged(identity)
 
 
+def test_a_file_beside_the_slide_changes_where_no_sample_shows(svs: Path, tmp_path: Path) -> None:
+    """The digest is of the file by which the slide is opened: of the others it says nothing."""
+    path = tmp_path / "a.mrxs"
+    path.write_bytes(b"index")
+    (tmp_path / "a").mkdir()
+    for name in ("Data0000.dat", "Slidedat.ini"):
+        (tmp_path / "a" / name).write_bytes(b"x" * 40 * 2**20)
+    with open_slide(svs) as slide:
+        info = dataclasses.replace(slide.info, path=path, format="mirax")
+    files, identity = Source(info), SourceDigest(info).identity()
+    os.utime(path, ns=(1, 1))
+    files.check_unchanged(identity)
+    status = (tmp_path / "a" / "Data0000.dat").stat()
+    with (tmp_path / "a" / "Data0000.dat").open("r+b") as file:
+        file.seek(39 * 2**20 // 6 + 2 * 2**20)
+        file.write(b"!")
+    os.utime(tmp_path / "a" / "Data0000.dat", ns=(1, status.st_mtime_ns + 1000))
+    assert Source(info).content == files.content
+    with pytest.raises(SlideError, match="changed while"):
+        files.check_unchanged(identity)
+
+
 @pytest.mark.parametrize("codec", ["jpeg", "copy"])
 def test_a_source_that_changes_meanwhile(svs: Path, tmp_path: Path, codec: str) -> None:
     source = tmp_path / "a.svs"
@@ -230,6 +255,29 @@ def test_what_is_taken_over_counts_as_done_but_not_as_speed(svs: Path, tmp_path:
     assert (last.tiles_done, last.pixels_done) == (last.tiles, last.pixels)
 
 
+def test_assembling_is_told_apart_from_coding(svs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.ome.tiff"
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=64, resume=True, jobs=1)
+    seen: list[ConvertProgress] = []
+
+    def stop(progress: ConvertProgress) -> None:
+        seen.append(progress)
+        if progress.assembling:
+            assert not (work_folder(target) / "target.part").exists()
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(svs, target, settings, stop)
+    assert not target.exists()
+    assert [progress.assembling for progress in seen] == [False] * (len(seen) - 1) + [True]
+    assert seen[-1] == dataclasses.replace(seen[-2], assembling=True)
+    # nothing is left to code
+    again: list[ConvertProgress] = []
+    convert(svs, target, settings, again.append)
+    assert [progress.assembling for progress in again] == [True]
+    assert again[0].tiles_done == again[0].tiles
+
+
 def test_without_resume_an_earlier_run_is_of_no_interest(svs: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.ome.tiff"
     settings = {"codec": "jpeg", "tile_size": 64, "block_size": 64}
@@ -259,6 +307,56 @@ def test_processes_and_threads_write_the_same(svs: Path, tmp_path: Path, codec: 
         convert(svs, folder / "a.ome.tiff", settings)
         files.append((folder / "a.ome.tiff").read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.fixture
+def coded_by_tiny(svs: Path, tmp_path: Path, tiny_installed: str, monkeypatch) -> Path:
+    """A slide whose tiles need a model that is not installed."""
+    monkeypatch.setattr(store, "_store", store._Store())
+    source = tmp_path / "source" / "a.ome.tiff"
+    source.parent.mkdir()
+    convert(
+        svs,
+        source,
+        ConvertSettings(model=tiny_installed, tile_size=64, levels=1, embed_model=False),
+    )
+    monkeypatch.setenv("WSICODEC_MODELS", str(tmp_path / "none"))
+    monkeypatch.setattr(store, "_store", store._Store())
+    return source
+
+
+def test_processes_decode_with_the_models_that_this_one_may(
+    coded_by_tiny: Path, tmp_path: Path, tiny_file: bytes
+) -> None:
+    settings = ConvertSettings("jpeg", tile_size=64, block_size=128, jobs=2, in_process=False)
+    target = tmp_path / "a.ome.tiff"
+    with pytest.raises(UnknownModelError, match="not installed"):
+        convert(coded_by_tiny, target, settings)
+    store.allow_model(tiny_file)
+    convert(coded_by_tiny, target, settings)
+    content = target.read_bytes()
+    convert(coded_by_tiny, target, dataclasses.replace(settings, in_process=True, overwrite=True))
+    assert target.read_bytes() == content
+
+
+def test_batches_decode_with_the_models_that_this_process_may(
+    coded_by_tiny: Path, tmp_path: Path, tiny_file: bytes
+) -> None:
+    settings = BatchSettings(ConvertSettings("jpeg", tile_size=64), retries=0)
+    store.allow_model(tiny_file)
+    report = convert_batch(coded_by_tiny.parent, tmp_path / "out", settings)
+    assert report.ok, report.rows
+
+
+def test_a_model_that_is_another_one_than_was_said(tiny_file: bytes, monkeypatch) -> None:
+    monkeypatch.setattr(store, "_store", store._Store())
+    with pytest.raises(ModelError, match="another model"):
+        store.take_over([("00" * 32, tiny_file)])
+    assert store.allowed_models() == ()
+    store.allow_model(tiny_file)
+    store.take_over(store.allowed_models())
+    ((digest, data),) = store.allowed_models()
+    assert (digest, data) == (hashlib.sha256(tiny_file).hexdigest(), tiny_file)
 
 
 def test_a_worker_that_dies_is_named(svs: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import enum
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from wsicodec.report.text import size_text
 
@@ -160,8 +160,14 @@ def print_report(report: ConvertReport) -> None:
         print(f"  warning: {warning}")
 
 
+class Advance(Protocol):
+    """Moves a bar. title: what is being done from now on; None for the same as before."""
+
+    def __call__(self, done: int, total: int, note: str, title: str | None = None) -> None: ...
+
+
 @contextlib.contextmanager
-def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+def progress_bar(title: str, *, quiet: bool) -> Iterator[Advance | None]:
     """A bar on standard error, and the function to call with (done, total, note).
 
     None where standard error is no terminal, or quiet: logs hold no bars.
@@ -185,13 +191,14 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int, str
 
         begun = False
 
-        def advance(done: int, total: int, note: str) -> None:
+        def advance(done: int, total: int, note: str, title: str | None = None) -> None:
             nonlocal begun
             if not begun:
                 # what an earlier run did must not count as this one's speed
                 bar.reset(task, completed=done, total=total, note=note)
                 begun = True
-            bar.update(task, completed=done, total=total, note=note)
+            # None leaves the description as it is
+            bar.update(task, completed=done, total=total, note=note, description=title)
 
         yield advance
 
@@ -226,6 +233,7 @@ def convert_bar(title: str, *, quiet: bool) -> Iterator[Callable[[ConvertProgres
             note = f"{speed:.1f} Mpx/s, {size_text(progress.bytes_done)}"
             if progress.bytes_saved > 0:
                 note += f", {size_text(progress.bytes_saved)} saved"
-            advance(progress.tiles_done, progress.tiles, note)
+            title = "assembling" if progress.assembling else None
+            advance(progress.tiles_done, progress.tiles, note, title)
 
         yield update

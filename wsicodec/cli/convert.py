@@ -56,7 +56,8 @@ def add(commands: Subparsers) -> None:
         "--resume",
         action="store_true",
         help="go on where an earlier run with the same options was stopped or killed, and keep "
-        "what is finished when this one is",
+        "what is finished when this one is; not with --codec copy or --lossless-transcode, which "
+        "begin anew",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_jobs(parser)
@@ -113,7 +114,6 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         choices=MEASURES,
-        default="all",
         help="decode tiles and record PSNR and SSIM: of all (default), 64 of each level, or none",
     )
     coding.add_argument(
@@ -133,7 +133,6 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     glass.add_argument(
         "--tissue",
         choices=TISSUE_METHODS,
-        default=TISSUE_METHODS[0],
         help="how tissue is told from glass (default: network)",
     )
     layout = parser.add_argument_group("file")
@@ -187,6 +186,7 @@ def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSetting
         raise SettingsError(f"--model goes with --codec learned, not {arguments.codec}")
     if arguments.codec == "lossless" and (arguments.quality or arguments.preset):
         raise SettingsError("--codec lossless keeps every pixel: it takes no quality and no preset")
+    _check_kept_streams(arguments)
     if arguments.macro is not None and not arguments.deidentify:
         raise SettingsError("--macro says what --deidentify does: it needs --deidentify")
     quality = DEFAULT_QUALITY if arguments.quality is None else arguments.quality
@@ -202,10 +202,10 @@ def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSetting
         tile_size=arguments.tile_size,
         levels=arguments.levels,
         glass=arguments.glass,
-        tissue=arguments.tissue,
+        tissue=arguments.tissue or TISSUE_METHODS[0],
         floor_ssim=arguments.floor_ssim,
         floor_psnr=arguments.floor_psnr,
-        measure=arguments.measure,
+        measure=arguments.measure or "all",
         lossless_transcode=arguments.lossless_transcode,
         associated=arguments.associated,
         deidentify=arguments.deidentify,
@@ -215,6 +215,21 @@ def settings_of(arguments: argparse.Namespace, **more: object) -> ConvertSetting
         layout=arguments.layout,
         **more,  # type: ignore[arg-type]
     )
+
+
+def _check_kept_streams(arguments: argparse.Namespace) -> None:
+    """Raise SettingsError for options that say how to code where nothing is coded."""
+    if arguments.codec == "copy":
+        what = "--codec copy"
+    elif arguments.lossless_transcode:
+        what = "--lossless-transcode"
+    else:
+        return
+    names = ("quality", "preset", "measure", "tissue", "embed_model", "resume")
+    given = [name for name in names if getattr(arguments, name, None) not in (None, False)]
+    if given:
+        idle = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise SettingsError(f"{what} keeps what is coded: {idle} would have no effect")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@ Coding a tile is many short calls that take turns under the interpreter's lock: 
 1.1 to 1.6 times one, two processes nearly two. A worker is ``python -m wsicodec.convert.worker``
 with a pipe to either side; nothing of the caller's program is imported again (as
 ``multiprocessing`` would), and a decoder that crashes on a damaged tile takes only its worker down.
-Messages are a JSON object and raw bytes.
+Messages are a JSON object and raw bytes: models that this process may decode with, then settings,
+then blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from wsicodec.convert.blocks import Block, CodedBlock, area_of, code_block
 from wsicodec.convert.plan import ConvertPlan, ConvertSettings, LevelPlan, Pass, passes_of
 from wsicodec.convert.tiles import CodedTile, TileCoder
 from wsicodec.errors import SlideError, WsicodecError
+from wsicodec.models.store import allowed_models
 from wsicodec.slide.protocol import SlideReader
 from wsicodec.tissue.mask import TissueMask
 
@@ -82,6 +84,7 @@ class Processes:
             "downsamples": [level_downsample(plan, level) for level in plan.levels],
         }
         self._mask = b"" if mask is None else mask.pack()
+        self._models = allowed_models()
         self._passes = plan.passes
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         for _ in range(jobs):
@@ -111,7 +114,7 @@ class Processes:
             if self._stopped:
                 raise SlideError("the conversion was stopped")
             try:
-                worker = _Worker(self._start, self._mask)
+                worker = _Worker(self._start, self._mask, self._models)
             except OSError as error:
                 raise SlideError(
                     f"no process to compute can be started: {error.strerror or error}; use fewer "
@@ -124,7 +127,9 @@ class Processes:
 class _Worker:
     """One worker process, from the side of its parent."""
 
-    def __init__(self, start: dict[str, Any], mask: bytes) -> None:
+    def __init__(
+        self, start: dict[str, Any], mask: bytes, models: Sequence[tuple[str, bytes]]
+    ) -> None:
         self._process = subprocess.Popen(
             # -P: what lies in the current folder is not to be imported
             [sys.executable, "-P", "-m", "wsicodec.convert.worker"],
@@ -138,6 +143,8 @@ class _Worker:
             # an interrupt from the keyboard is for the parent, which then stops its workers
             start_new_session=True,
         )
+        for digest, data in models:
+            self._send({"model": digest}, data)
         self._send(start, mask)
 
     def code(self, block: Block, passed: Pass, pixels: Image | None) -> CodedBlock:

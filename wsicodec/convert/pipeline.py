@@ -36,12 +36,12 @@ from wsicodec.convert.source import Source, SourceDigest
 from wsicodec.convert.space import check_space
 from wsicodec.convert.tiles import TileCoder
 from wsicodec.convert.work import TARGET_PART, Work
-from wsicodec.errors import UnsupportedError, VerifyError, WsicodecError
+from wsicodec.errors import SlideError, UnsupportedError, VerifyError, WsicodecError
 from wsicodec.metrics import METRIC_ARGUMENTS, TileQuality, summarise
 from wsicodec.slide.ometiff import CodedLevel, check_slide, write_slide
 from wsicodec.slide.opening import open_slide, open_tiles
 from wsicodec.slide.passport import LevelMap, Passport, mode_counts, summarise_level
-from wsicodec.slide.placing import atomic_file
+from wsicodec.slide.placing import IS_BACK, atomic_file, put_back
 from wsicodec.slide.protocol import SlideReader
 from wsicodec.slide.record import (
     AREA_AVERAGE,
@@ -74,7 +74,8 @@ def convert(
 ) -> ConvertReport:
     """Convert a slide to a tiled pyramid: OME-TIFF, or OME-Zarr where the target ends in ``.zarr``.
 
-    progress: called in the calling thread after each block; what it raises ends the conversion.
+    progress: called in the calling thread after each block, and when the target is assembled from
+    them; what it raises ends the conversion.
     reserved: bytes that other conversions on the target's disk may still need, at most.
 
     The target appears when it is complete; on any failure nothing is left, but for the finished
@@ -101,10 +102,16 @@ def convert(
             Work(plan, _same_work(plan, model, files.content), keep=chosen.resume) as work,
             _digesting(plan) as digest,
         ):
+            if is_zarr(plan.target) and put_back(plan.target):
+                found = f"{plan.target}: {IS_BACK}"
+                if not chosen.overwrite:
+                    raise SlideError(f"{found}; pass --overwrite (overwrite=True) to replace")
+                warnings = (*warnings, found)
             mask = _mask(slide, plan, work)
             downsamples = {lv.index: level_downsample(plan, lv) for lv in plan.levels}
             tile_coder = TileCoder(chosen, mask, downsamples)
-            resumed = _code(slide, plan, work, tile_coder, mask, progress)
+            tally = _Tally(plan, work)
+            _code(slide, plan, work, tile_coder, mask, tally, progress)
             # all of the file that is read is read by now
             identity = None if digest is None else digest.identity()
             files.check_unchanged(identity)
@@ -113,6 +120,8 @@ def convert(
             if chosen.embed_model is None and model_bytes is not None:
                 model_bytes = model_bytes if coded_bytes >= MODEL_SHARE * len(model_bytes) else None
             record = _record(plan, model, beside, passport, identity)
+            if progress is not None:
+                progress(tally.assembling())
             _write(plan, work, tile_coder, beside, record, passport, model_bytes)
             measured = [_qualities(plan, work, lv.index) for lv in plan.levels]
         return ConvertReport(
@@ -137,7 +146,7 @@ def convert(
             floor_ssim=chosen.floor_ssim,
             floor_psnr=chosen.floor_psnr,
             below_floor=sum(q.below_floor for q in record.level_quality if q is not None),
-            resumed=resumed,
+            resumed=tally.resumed,
             removed=beside.removed,
             warnings=warnings,
         )
@@ -215,9 +224,10 @@ def _code(
     work: Work,
     tile_coder: TileCoder,
     mask: TissueMask | None,
+    tally: _Tally,
     progress: Progress | None,
-) -> int:
-    """Code all blocks that are not done yet. Returns the number of tiles that were."""
+) -> None:
+    """Code all blocks that are not done yet."""
     jobs = plan.settings.threads
     here = plan.settings.in_process
     if here is None:
@@ -225,7 +235,6 @@ def _code(
     coder: BlockCoder = (
         Here(slide, plan.passes, tile_coder) if here else Processes(plan, mask, jobs)
     )
-    tally = _Tally(plan, work)
     with ThreadPoolExecutor(jobs, thread_name_prefix="wsicodec") as pool:
         try:
             for number in range(len(plan.passes)):
@@ -235,7 +244,6 @@ def _code(
             raise
         finally:
             coder.stop()
-    return tally.resumed
 
 
 def _code_pass(
@@ -262,7 +270,7 @@ def _code_pass(
         work.add(coded)
         tally.add(coded)
         if progress is not None:
-            progress(tally.progress(coded.block))
+            progress(tally.progress())
 
 
 def _code_block(
@@ -286,19 +294,25 @@ class _Tally:
         self._pixels = sum(pixels_in(block, plan.passes[block.number]) for block in work.blocks)
         self._taken_over = self._pixels
         self._bytes = sum(work.coded_bytes(level.index) for level in plan.levels)
+        self._level = plan.passes[-1].levels[0].index
 
     def add(self, coded: CodedBlock) -> None:
         """Count a block of this run."""
+        self._level = self._plan.passes[coded.block.number].levels[0].index
         self._tiles += len(coded.tiles)
         self._pixels += pixels_in(coded.block, self._plan.passes[coded.block.number])
         self._bytes += sum(len(tile.data or b"") for tile in coded.tiles)
 
-    def progress(self, block: Block) -> ConvertProgress:
-        """How far the conversion is, after ``block``."""
+    def assembling(self) -> ConvertProgress:
+        """How far the conversion is when all blocks are coded."""
+        return dataclasses.replace(self.progress(), assembling=True)
+
+    def progress(self) -> ConvertProgress:
+        """How far the conversion is."""
         plan = self._plan
         share = self._pixels / plan.pixels
         return ConvertProgress(
-            plan.passes[block.number].levels[0].index,
+            self._level,
             self._tiles,
             plan.tiles,
             self._pixels,

@@ -17,7 +17,8 @@ class ConvertProgress:
 
     level: of the latest block. tiles_done, tiles: of all levels. pixels_done: coded. bytes_done: of
     coded tiles. bytes_saved: against the source's bytes for as many pixels. pixels_resumed: of
-    those done, the ones that an earlier run did.
+    those done, the ones that an earlier run did. assembling: all tiles are coded, and being put
+    together into the target, which takes a while for a large slide.
     """
 
     level: int
@@ -28,6 +29,7 @@ class ConvertProgress:
     bytes_done: int
     bytes_saved: int
     pixels_resumed: int = 0
+    assembling: bool = False
 
 
 Progress = Callable[[ConvertProgress], None]

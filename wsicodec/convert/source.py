@@ -38,16 +38,17 @@ class Source:
         self._info = info
         several = info.format in _OF_SEVERAL_FILES and not info.path.is_dir()
         self._properties = _properties(info.path) if several else {}
-        self.content, self._times = self._look()
+        self.content, self._times, self._times_beside = self._look()
 
     def check_unchanged(self, identity: SourceIdentity | None) -> None:
         """Raise SlideError where the slide is not what it was: tiles of two are no slide.
 
         identity: by the digest of the whole file, where there is one: what has another time now,
-        and seems to have the same content, must have this one.
+        and seems to have the same content, must have this one. It says nothing of the other files
+        of a slide of several: those must have their times, too.
         """
-        content, times = self._look()
-        same = content == self.content
+        content, times, beside = self._look()
+        same = content == self.content and beside == self._times_beside
         if same and times != self._times and identity is not None:
             again = SourceDigest(self._info)
             try:
@@ -59,10 +60,10 @@ class Source:
                 f"{self._info.path}: changed while it was converted; nothing was written"
             )
 
-    def _look(self) -> tuple[str, str]:
-        """(digest of content, digest of times)."""
+    def _look(self) -> tuple[str, str, str]:
+        """Digests of content, of the time of the file that has a digest, and of the others'."""
         path = self._info.path
-        content, times = hashlib.sha256(), hashlib.sha256()
+        content, times, beside = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
         try:
             files = self._files()
             step = -(-len(files) // _LOOKED_INTO)
@@ -71,14 +72,14 @@ class Source:
                 name = "" if file == path else os.path.relpath(file, path)
                 kind = stat.S_IFMT(status.st_mode)
                 content.update(repr((name, kind, status.st_size)).encode())
-                times.update(repr(status.st_mtime_ns).encode())
+                (times if file == path else beside).update(repr(status.st_mtime_ns).encode())
                 if number % step == 0 and stat.S_ISREG(status.st_mode):
                     content.update(_sampled(file, status.st_size, len(files)))
         except OSError as error:
             if isinstance(error, SlideError):
                 raise
             raise SlideError(f"{path}: {error.strerror or error}") from error
-        return content.hexdigest(), times.hexdigest()
+        return content.hexdigest(), times.hexdigest(), beside.hexdigest()
 
     def _files(self) -> list[Path]:
         path = self._info.path

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from wsicodec.convert.coders import answers, coder_of, receive, send
 from wsicodec.errors import WsicodecError
+from wsicodec.models.store import take_over
 from wsicodec.slide.opening import open_slide
 
 
@@ -24,11 +25,14 @@ def main() -> int:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     source = sys.stdin.buffer
-    first = receive(source)
-    if first is None:
-        return 0
-    message, mask = first
     try:
+        first = receive(source)
+        while first is not None and "model" in first[0]:
+            take_over([(first[0]["model"], first[1])])
+            first = receive(source)
+        if first is None:
+            return 0
+        message, mask = first
         settings = message["settings"]
         strict = not settings["accept_damage"]
         with open_slide(message["path"], settings["cache_bytes"], strict=strict) as slide:

@@ -5,9 +5,11 @@ A model is found by the SHA-256 of its file alone. Names are for people.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +87,24 @@ def allow_model(data: bytes) -> DecoderModel:
     The caller vouches for it; it is still parsed under caps and proved. Returns the decoder.
     """
     decoder = load_decoder(data)
-    _store.add(decoder)
+    _store.add(decoder, data)
     return decoder
+
+
+def allowed_models() -> tuple[tuple[str, bytes], ...]:
+    """Digest (hex) and file of every model that ``allow_model`` got here, for ``take_over``."""
+    return _store.allowed()
+
+
+def take_over(allowed: Iterable[tuple[str, bytes]]) -> None:
+    """Allow what another process of the same user was allowed, by its ``allowed_models``.
+
+    Raises ModelError for a file that has not the digest that was said.
+    """
+    for digest, data in allowed:
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ModelError(f"model {digest[:8]} came as another model's bytes")
+        allow_model(data)
 
 
 def install_model(data: bytes) -> ModelRecord:
@@ -120,6 +138,7 @@ class _Store:
         self._scanned = ""
         self._decoders: dict[bytes, DecoderModel] = {}
         self._encoders: dict[str, EncoderModel] = {}
+        self._allowed: dict[str, bytes] = {}
 
     def renew_lock(self) -> None:
         self._lock = threading.RLock()
@@ -139,7 +158,11 @@ class _Store:
         with self._lock:
             self._records = None
 
-    def add(self, decoder: DecoderModel) -> None:
+    def allowed(self) -> tuple[tuple[str, bytes], ...]:
+        with self._lock:
+            return tuple(self._allowed.items())
+
+    def add(self, decoder: DecoderModel, data: bytes) -> None:
         # four bytes can be met by search: a stranger must not take a known model's place
         prefix = decoder.digest[:4]
         with self._lock:
@@ -149,6 +172,7 @@ class _Store:
             if any(d[:4] == prefix and d != decoder.digest for d in known):
                 raise ModelError(f"another model's digest starts with {prefix.hex()}, too")
             self._decoders.setdefault(prefix, decoder)
+            self._allowed[decoder.digest.hex()] = data
 
     def decoder(self, prefix: bytes) -> DecoderModel:
         found = self._decoders.get(prefix)

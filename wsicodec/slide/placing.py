@@ -116,7 +116,8 @@ def atomic_folder(
     """A new folder ``.<name>.<pid>.part`` beside the target, renamed to it on success.
 
     part: as in ``atomic_file``. overwrite: replace what is there, in two renames: in between, it is
-    ``.<name>.<pid>.old``. check_replaced: raises for what must not be.
+    ``.<name>.<pid>.old``, from where ``put_back`` fetches it if the process is killed right then,
+    as this does at its start. check_replaced: raises for what must not be.
 
     Whatever goes wrong, the part is removed and what was under the name before stays.
     Raises SlideError, naming the target, for what the file system refuses, and for a target that is
@@ -132,6 +133,8 @@ def atomic_folder(
             check_replaced(target)
 
     given, part = part, part or _part_of(target)
+    if put_back(target) and not overwrite:
+        raise SlideError(f"{target}: {IS_BACK}; left as it is")
     check()
     with _refusals(target, part):
         if given is not None:
@@ -148,6 +151,63 @@ def atomic_folder(
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+
+IS_BACK = "was set aside by a process that was killed while it replaced it, and is back"
+"""What is to be said of a target when ``put_back`` returns True."""
+
+
+def put_back(target: Path) -> bool:
+    """Settle what a process left that was killed while it replaced a folder.
+
+    For whoever alone writes the target. Where nothing is under the name, the folder that was there
+    gets it again: it may be the only copy. True then. Where something is, the folder stays aside,
+    until the target is replaced once more. Raises SlideError for what the file system refuses.
+    """
+    for left in left_behind(target, "gone"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = _set_aside(target)
+    if not aside or os.path.lexists(target):
+        return False
+    with _refusals(target):
+        # a rename changes this time: the one that was set aside last
+        max(aside, key=lambda path: path.lstat().st_ctime_ns).rename(target)
+    _sync_folder(target.parent)
+    return True
+
+
+def left_behind(target: Path, ending: str) -> list[Path]:
+    """What lies beside the target as ``.<name>.<pid>.<ending>``; nothing in a missing folder."""
+    head, tail = f".{target.name}.", f".{ending}"
+    try:
+        names = os.listdir(target.parent)  # noqa: PTH208 - names are all that is needed
+    except OSError:
+        return []
+    found = []
+    for name in names:
+        middle = name[len(head) : -len(tail)]
+        if name == head + middle + tail and middle.isascii() and middle.isdecimal():
+            found.append(target.parent / name)
+    return found
+
+
+def _set_aside(target: Path) -> list[Path]:
+    return [path for path in left_behind(target, "old") if path.is_dir()]
+
+
+def _discard(old: Path) -> None:
+    """Remove a folder that was set aside, as far as the system lets us.
+
+    Under another name, by which ``put_back`` tells it from a whole one.
+    """
+    if old.is_symlink():
+        with contextlib.suppress(OSError):
+            old.unlink()
+        return
+    gone = old.with_suffix(".gone")
+    with contextlib.suppress(OSError):
+        old.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _check_new(target: Path) -> None:
@@ -183,19 +243,22 @@ def _refusals(target: Path, folder: Path | None = None) -> Iterator[None]:
 
 
 def _rename(part: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    number = os.getpid()
+    while os.path.lexists(old := target.with_name(f".{target.name}.{number}.old")):
+        number += 1  # left by a process of the same number that was killed
     replaces = target.exists()
-    if replaces:
-        target.rename(old)
     try:
+        if replaces:
+            target.rename(old)
         part.rename(target)
     except BaseException:
-        if replaces:
+        if replaces and not os.path.lexists(target):
             old.rename(target)
         raise
     _sync_folder(target.parent)
     if replaces:
-        shutil.rmtree(old, ignore_errors=True)
+        for path in _set_aside(target):
+            _discard(path)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -38,6 +38,9 @@ class ModelId:
 class SourceIdentity:
     """The file that was converted. sha256: of all its bytes, hex. bytes: its size.
 
+    Of a slide that is several files, ``sha256`` is of the one by which it is opened, which may hold
+    none of the pixels; ``bytes`` are those of all.
+
     format, compression: as in ``SlideInfo``. No name and no path: these tell of patients.
     """
 

@@ -9,6 +9,7 @@ may be read from many threads and after a fork.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import math
@@ -501,7 +502,13 @@ def _read(path: Path, offset: int, count: int, where: str) -> bytes:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder; links are not followed."""
-    return sum(
-        (Path(root) / name).lstat().st_size for root, _, names in os.walk(folder) for name in names
-    )
+    """Size of all files below a folder; links are not followed.
+
+    Files that vanish meanwhile count or do not. Raises OSError for what else the system refuses.
+    """
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += (Path(root) / name).lstat().st_size
+    return size

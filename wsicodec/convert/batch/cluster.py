@@ -13,12 +13,14 @@ import importlib
 import os
 import queue
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import wsicodec
 from wsicodec.convert.batch.jobs import Advanced, Event, Failed, Job, Started, Succeeded, run_job
 from wsicodec.convert.batch.rows import LOST
 from wsicodec.errors import RuntimeMissingError, SettingsError
+from wsicodec.models.store import allowed_models, take_over
 from wsicodec.settings import thread_budget
 
 CONNECT_SECONDS = 20
@@ -65,7 +67,9 @@ class DaskWorkers:
         number = self._number
         key = f"{self._topic}-{number}"
         version = wsicodec.__version__
-        future = self._client.submit(_task, job, number, self._topic, version, key=key, pure=False)
+        future = self._client.submit(
+            _task, job, number, self._topic, version, allowed_models(), key=key, pure=False
+        )
         self._tasks[job.id] = (number, future)
         future.add_done_callback(lambda done: self._heard.put((number, _outcome(job, done))))
 
@@ -122,11 +126,14 @@ def _outcome(job: Job, future: Any) -> Event:
     )
 
 
-def _task(job: Job, number: int, topic: str, version: str) -> Succeeded | Failed:
+def _task(
+    job: Job, number: int, topic: str, version: str, models: Sequence[tuple[str, bytes]]
+) -> Succeeded | Failed:
     """Body of a task, on a worker of the cluster."""
     if version != wsicodec.__version__:
         message = f"{job.source}: a worker has wsicodec {wsicodec.__version__}, not {version}"
         return Failed(job.id, "UnsupportedError", message)
+    take_over(models)
     module: Any = importlib.import_module("distributed.worker")
     worker = module.get_worker()
     key = getattr(module.thread_state, "key", None)

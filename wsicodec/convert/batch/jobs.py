@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from typing import IO, Any
 from wsicodec.convert.batch.rows import Result
 from wsicodec.convert.batch.trees import tree_bytes, tree_mtime_ms
 from wsicodec.convert.pipeline import convert
-from wsicodec.convert.plan import ConvertSettings
+from wsicodec.convert.plan import ConvertSettings, is_zarr
 from wsicodec.convert.results import ConvertProgress
 from wsicodec.convert.work import work_folder
 from wsicodec.errors import (
@@ -26,7 +26,7 @@ from wsicodec.errors import (
     UnsupportedError,
     WsicodecError,
 )
-from wsicodec.slide.placing import NO_ROOM
+from wsicodec.slide.placing import NO_ROOM, left_behind, put_back
 
 REPORT_SECONDS = 0.5
 """Between two messages on how far a conversion is."""
@@ -129,11 +129,15 @@ def _convert(job: Job, emit: Emit) -> Result:
         reason = error.strerror or str(error)
         raise SlideError(f"{target}: folder cannot be made: {reason}") from error
     remove_partial(target)
+    if is_zarr(target):
+        # an earlier output of ours that was set aside must be seen, to be replaced
+        put_back(target)
     fields = dict(job.settings)
     if job.replace_ours and _written_by_us(target):
         fields["overwrite"] = True
+    settings = ConvertSettings(**fields)
     # finished blocks outlive a process that is killed
-    settings = ConvertSettings(**{**fields, "resume": True})
+    settings = dataclasses.replace(settings, resume=not settings.keeps_streams)
     report = convert(source, target, settings, _throttled(job.id, emit), reserved=job.reserved)
     size, modified = tree_bytes(target), tree_mtime_ms(target)
     if size is None or modified is None:
@@ -175,17 +179,16 @@ def sha256_of(path: Path) -> str:
 
 
 def remove_partial(target: Path) -> None:
-    """Remove partial files that a killed conversion to ``target`` left behind.
+    """Remove partial files and folders that a killed conversion to ``target`` left behind.
 
     Only for whoever holds the slide in the journal: nobody else is writing this target then.
     """
-    head, tail = f".{target.name}.", ".part"
-    with contextlib.suppress(OSError):
-        for name in os.listdir(target.parent):  # noqa: PTH208 - names are all that is needed
-            if name.startswith(head) and name.endswith(tail):
-                middle = name[len(head) : -len(tail)]
-                if middle.isascii() and middle.isdecimal():
-                    (target.parent / name).unlink(missing_ok=True)
+    for part in left_behind(target, "part"):
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def remove_traces(target: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection as channels
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
@@ -20,6 +20,7 @@ from wsicodec.convert.batch.jobs import Event, Failed, Job, Started, Succeeded, 
 from wsicodec.convert.batch.process import process
 from wsicodec.convert.batch.rows import LOST
 from wsicodec.errors import SlideError
+from wsicodec.models.store import allowed_models, take_over
 
 END_SECONDS = 15.0
 """A process that was told to end may tidy up for so long."""
@@ -132,7 +133,10 @@ class _Worker:
         self.job: Job | None = None
         self.ready = False
         self._process: SpawnProcess = context.Process(
-            target=_work, args=(theirs, threads), name="wsicodec-batch", daemon=True
+            target=_work,
+            args=(theirs, threads, allowed_models()),
+            name="wsicodec-batch",
+            daemon=True,
         )
         with _interrupts_held():
             self._process.start()
@@ -203,7 +207,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def _work(channel: channels.Connection, threads: int) -> None:
+def _work(channel: channels.Connection, threads: int, models: Sequence[tuple[str, bytes]]) -> None:
     """Body of a process: jobs in, events out, until the other side is closed."""
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it speaks of odd files
     os.environ["WSICODEC_NUM_THREADS"] = str(threads)
@@ -218,6 +222,7 @@ def _work(channel: channels.Connection, threads: int) -> None:
         except OSError:
             raise SystemExit(1) from None
 
+    take_over(models)
     send(None)
     while True:
         try:
