@@ -245,6 +245,17 @@ def test_info_says_what_a_digest_is_of(
     assert ("of the file by which it is opened abab" in capsys.readouterr().out) is said
 
 
+def test_a_copy_that_is_resumed_begins_anew_and_says_so(
+    svs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script may give --resume with whatever codec it is told."""
+    given = ["convert", str(svs), str(tmp_path / "a.ome.tiff"), "--codec", "copy"]
+    assert main([*given, "--resume", "--tissue", "otsu"]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert main([*given, "--overwrite"]) == 0
+    assert "nothing to resume" not in capsys.readouterr().out
+
+
 class TestVerify:
     def test_good(self, svs: Path, jpeg: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["verify", str(jpeg), "--against", str(svs)]) == 0

@@ -691,7 +691,7 @@ def test_an_allowed_model_never_takes_the_place_of_another(tiny_file: bytes) -> 
     other = load_decoder(changed(tiny_file, lambda header: header.update(name="other")))
     other.digest = known.digest[:4] + other.digest[4:]
     own = store._Store()
-    own.add(known)
+    own.add(known, tiny_file)
     with contextlib.suppress(ModelError):
-        own.add(other)
+        own.add(other, tiny_file)
     assert own.decoder(known.digest[:4]) is known

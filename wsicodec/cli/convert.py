@@ -56,8 +56,7 @@ def add(commands: Subparsers) -> None:
         "--resume",
         action="store_true",
         help="go on where an earlier run with the same options was stopped or killed, and keep "
-        "what is finished when this one is; not with --codec copy or --lossless-transcode, which "
-        "begin anew",
+        "what is finished when this one is; --codec copy and --lossless-transcode begin anew",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_jobs(parser)
@@ -225,7 +224,7 @@ def _check_kept_streams(arguments: argparse.Namespace) -> None:
         what = "--lossless-transcode"
     else:
         return
-    names = ("quality", "preset", "measure", "tissue", "embed_model", "resume")
+    names = ("quality", "preset", "measure", "embed_model")
     given = [name for name in names if getattr(arguments, name, None) not in (None, False)]
     if given:
         idle = " and ".join("--" + name.replace("_", "-") for name in given)

@@ -62,6 +62,7 @@ MODEL_SHARE = 100
 """A model is carried in files that are this many times as large, unless told otherwise."""
 # settings that say how to work, not what comes out of it
 _NOT_IN_FILE = ("jobs", "in_process", "cache_bytes", "overwrite", "resume")
+_BEGUN_ANEW = "tiles that are kept as they are were written anew: there is nothing to resume"
 
 
 def convert(
@@ -90,6 +91,8 @@ def convert(
         plan = make_plan(slide.info, Path(target), chosen)
         warnings = check_space(plan, reserved)
         if chosen.keeps_streams:
+            if chosen.resume:
+                warnings = (*warnings, _BEGUN_ANEW)
             report = _keep_streams(slide, plan, progress)
             return dataclasses.replace(report, warnings=warnings)
         model, model_bytes = _model_of(chosen)

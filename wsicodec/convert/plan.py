@@ -68,7 +68,8 @@ class ConvertSettings:
     embed_model: carry the model in the file; None does where it makes up a hundredth at most.
     layout: as in ``slide.ometiff.write_slide``.
     resume: go on where an earlier run with the same settings was stopped, and keep finished blocks
-    when this one is; not where the source's streams are kept, which is done in one go.
+    when this one is; where the source's streams are kept, which is quick, it begins anew and says
+    so.
     jobs: processes that compute; None takes the thread budget. in_process: compute in threads of
     this process instead; None decides by the slide's size.
     cache_bytes: decoded tiles of the source that each job keeps. block_size: side in pixels of what
@@ -152,10 +153,6 @@ class ConvertSettings:
             )
         if self.embed_model:
             raise SettingsError(f"{name} codes nothing: there is no model to embed")
-        if self.resume:
-            raise SettingsError(
-                f"{name} keeps no finished blocks: it begins anew each time, without resume"
-            )
 
     @property
     def keeps_streams(self) -> bool:
