@@ -41,8 +41,13 @@ def hyper_classes(net: TileNetwork) -> Array:
 def decoder_file(
     net: TileNetwork, header: dict[str, Any], tables: SymbolTables, z_classes: Array
 ) -> bytes:
-    """The decoder model's bytes."""
+    """The decoder model's bytes.
+
+    Raises ValueError for a network that corrects pixels: model files have no place for it yet.
+    """
     n = net.settings
+    if n.refine:
+        raise ValueError("a network that corrects pixels (refine) cannot be exported yet")
     gain = np.exp(net.log_gain.detach().double().numpy())
     deviation = net.deviation.double().numpy()
     means = n.channels_of(n.mean_stages)

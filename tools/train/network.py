@@ -5,6 +5,7 @@
     stage k:   (h, E, earlier latents) -> (mu_k, sigma_k)      z_0: adaptive step, from x
                sigma in steps: sigma_k 2^o                     o: octaves of the tilt, by channel
     x_hat    = mean + M^-1 unlap(idct(unturn(y_hat + step(E) * chain(context(y_hat), E))))
+    x_hat   += step(E) * refine(x_hat, context(y_hat), E)       where there is such a network
 
 Names follow the literature (Balle 2018, Minnen 2018): h_a, h_s, y, z, y_hat.
 Pixels are RGB minus 128. The gain index G sets the step ``2**(6 - G/32)``. The linear paths are
@@ -26,6 +27,7 @@ from tools.train.dependent import DependentSearch, dependent_bits
 from tools.train.integer import IntegerConv, floor_at, straight_through
 from tools.train.lapping import SIDE as LAPPED_SIDE
 from tools.train.precision import arithmetic, exact
+from tools.train.refine import Refinement
 from tools.train.settings import NetworkSettings
 from tools.train.tables import SCALE_CLASSES, SCALE_LOG2_OF_CLASS_1, SCALE_STEPS_PER_OCTAVE
 from tools.train.transform import bands_of, planes_of, turned, turns_of
@@ -44,6 +46,9 @@ LATENT_EXPONENT = 4  # means and decoded latents in 1/16 of a step
 CHAIN_PEAK = 63
 CHAIN_OUT_EXPONENT = 6  # corrections in 1/64 of a step
 LATTICE_SHARE = (1.0, 0.25, 0.25, 0.5)  # of positions
+REFINE = "refine."
+"""Begin of the names of the refinement's weights."""
+
 TILT_START = -0.5
 """Octaves of luma, whose steps the colour space makes finer, in RGB, than those of chroma."""
 
@@ -148,6 +153,17 @@ class Rates:
     hyper: Tensor
 
 
+@dataclass
+class Coded:
+    """What decoders have before the refinement: pixels, contexts (N, context channels, H / 16,
+    W / 16) and the effective gain index in octaves (N, 1, H / 16, W / 16); and rates."""
+
+    x_hat: Tensor
+    contexts: Tensor
+    plane: Tensor
+    rates: Rates
+
+
 class TileNetwork(nn.Module):
     """The whole codec for training; ``tools.export`` cuts it into the shipped graphs."""
 
@@ -184,6 +200,9 @@ class TileNetwork(nn.Module):
             weight_peak=CHAIN_PEAK,
         )  # fmt: skip
         nn.init.zeros_(self.chain_out.weight)
+        self.refine = (
+            Refinement(n.refine, n.refine_blocks, n.context_channels) if n.refine else None
+        )
 
         self.log_gain = nn.Parameter(torch.full((channels,), -0.5))
         self.tilt = nn.Parameter(torch.zeros(channels))
@@ -278,7 +297,6 @@ class TileNetwork(nn.Module):
         log = self.z_log_scale.view(shape) + g * self.z_log_slope.view(shape)
         return torch.exp(log.clamp(-1.9, 4.0))
 
-    @exact
     def forward(
         self,
         x: Tensor,
@@ -293,7 +311,32 @@ class TileNetwork(nn.Module):
 
         Returns the reconstruction (not clipped) and rates. In training mode hyper-latents' rates
         see additive noise; levels are those of a search. Latents take their gradient from additive
-        noise (rate) and straight through the rounding (distortion).
+        noise (rate) and straight through the rounding (distortion). Where no weight learns but
+        those of the refinement, all before it is computed without gradients.
+        """
+        others = (p for name, p in self.named_parameters() if not name.startswith(REFINE))
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in others)
+        share = 1 - strength if tilt is None else tilt
+        with torch.set_grad_enabled(learning):
+            coded = self.code(x, gain, strength, stages, share)
+        x_hat = coded.x_hat
+        if self.refine is not None:
+            with arithmetic(x.device, self.float_type):
+                x_hat = x_hat + self.refine(x_hat, coded.contexts, coded.plane, share)
+        return x_hat, coded.rates
+
+    @exact
+    def code(
+        self,
+        x: Tensor,
+        gain: Tensor,
+        strength: Tensor,
+        stages: int | None,
+        share: Tensor,
+    ) -> Coded:
+        """Images coded and decoded, but for the refinement; arguments as ``forward`` has them.
+
+        share: (N,) of the tilt.
         """
         n = self.settings
         stages = len(n.stages) if stages is None else stages
@@ -314,7 +357,7 @@ class TileNetwork(nn.Module):
         effective = (gain.view(-1, 1, 1, 1) + steps).clamp(0, 255)
         plane = effective / 32
         g = gain_of(effective)
-        octaves = self.tilted(1 - strength if tilt is None else tilt)
+        octaves = self.tilted(share)
         # decoded so far, by first channel: latents and their contexts
         decoded: dict[int, Tensor] = {}
         contexts: dict[int, Tensor] = {}
@@ -360,7 +403,9 @@ class TileNetwork(nn.Module):
         y_hat = torch.cat([y_hat[:, :k] + correction / g, y_hat[:, k:]], 1)
         area = x.shape[-1] * x.shape[-2]
         x_hat = self.synthesise(y_hat, turns)
-        return x_hat, Rates(bits / area, hyper_bits / area)
+        return Coded(
+            x_hat, torch.cat([*contexts.values()], 1), plane, Rates(bits / area, hyper_bits / area)
+        )
 
     def kmac_per_pixel(self, stages: int | None = None) -> dict[str, float]:
         """Multiply-accumulates per pixel in thousands, by part of the decoder."""
@@ -376,4 +421,6 @@ class TileNetwork(nn.Module):
             2 * 3 * n.block**3 + (3 * 3 * 2 + 2 * 3 * n.block) * n.block**2
         )  # with lap and colours
         area = n.block**2 * 1000
-        return {"entropy": entropy / area, "chain": chain / area, "linear": linear / area}
+        refine = 0.0 if self.refine is None else self.refine.kmac_per_pixel()
+        parts = {"entropy": entropy / area, "chain": chain / area, "linear": linear / area}
+        return parts | {"refine": refine}

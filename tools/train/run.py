@@ -79,7 +79,12 @@ class Run:
 
     def prepare(self) -> None:
         self.net = self.net.to(self.machine.device, memory_format=self.machine.memory_format)
-        self.optimiser = torch.optim.Adam(self.net.parameters(), lr=self.settings.lr)
+        for name, weight in self.net.named_parameters():
+            weight.requires_grad_(name.startswith(self.settings.only))
+        learning = [p for p in self.net.parameters() if p.requires_grad]
+        if not learning:
+            raise ValueError(f"no weight's name begins with {self.settings.only!r}")
+        self.optimiser = torch.optim.Adam(learning, lr=self.settings.lr)
 
     def state(self) -> dict[str, Any]:
         """A checkpoint: tensors, numbers and text, so that reading it runs no code."""

@@ -25,6 +25,8 @@ class NetworkSettings:
     z_channels: hyper-latents, one per 2x2 latent positions.
     hyper, context, middle: widths of the integer entropy networks.
     chain: width of the int8 correction chain; chain_kernels: sides of its hidden layers' kernels.
+    refine: width of the network that corrects pixels (tools.train.refine), 0 for none;
+        refine_blocks: its residual blocks.
     """
 
     block: int = 16
@@ -51,6 +53,8 @@ class NetworkSettings:
     middle: int = 192
     chain: int = 160
     chain_kernels: tuple[int, ...] = (1, 3)
+    refine: int = 0
+    refine_blocks: int = 3
 
     @property
     def latent_channels(self) -> int:
@@ -80,6 +84,8 @@ class TrainSettings:
     """How a network is fitted.
 
     minutes: wall-clock length of the whole schedule, resumed runs included.
+    only: begin of the names of the weights that learn, "" for all: the others stay, and what comes
+        before them is computed without gradients.
     steps: where not 0, its length in steps instead: equal training for networks of unequal speed.
     ssim_weight: 0 trains for squared error alone; 1 weighs the relative slopes of squared
         error and of 1 - SSIM(luma) alike. Each image's weight is this times its strength.
@@ -95,6 +101,7 @@ class TrainSettings:
     """
 
     minutes: float = 30.0
+    only: str = ""
     steps: int = 0
     batch: int = 8
     accumulate: int = 1

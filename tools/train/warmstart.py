@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.train.network import TileNetwork
+from tools.train.network import REFINE, TileNetwork
 from tools.train.settings import NetworkSettings
 
 HIDDEN = 96
@@ -264,8 +264,8 @@ def warm_start(
     """(the new network's weights, names of the layers that begin afresh).
 
     The transform is the old one, and fresh layers begin as ``TileNetwork.start`` lets them begin
-    with it. A tilt that the old network lacks is zero. Raises ValueError where that is not
-    possible.
+    with it. The refinement is taken over whole or begins afresh. A tilt that the old network lacks
+    is zero. Raises ValueError where that is not possible.
     """
     count = new.latent_channels
     old_state = {"tilt": torch.zeros(old.latent_channels), **old_state}
@@ -289,6 +289,11 @@ def warm_start(
     state = net.state_dict()
     for name in ("order", "deviation"):
         state[name] = old_state[name][:count].clone()
+    refine = [name for name in state if name.startswith(REFINE)]
+    if same_refine := all(
+        name in old_state and old_state[name].shape == state[name].shape for name in refine
+    ):
+        state.update({name: old_state[name].clone() for name in refine})
     for name in taken:
         layer, source = mine[name], theirs[name]
         rows = _entries(layer.rows, source.rows, units)
@@ -299,4 +304,5 @@ def warm_start(
         for kind, along in (("weight", columns), ("bias", None)):
             there = old_state[f"{source.source}.{kind}"]
             state[f"{name}.{kind}"] = _followed(state[f"{name}.{kind}"], there, rows, along)
-    return state, sorted(mine.keys() - taken)
+    afresh = sorted(mine.keys() - taken)
+    return state, afresh if same_refine else [*afresh, REFINE.rstrip(".")]
