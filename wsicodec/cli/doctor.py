@@ -146,6 +146,22 @@ def check_onnxruntime(distributions: Mapping[str, Sequence[str]] | None = None) 
     return Check(name, True, f"{owner} {library.__version__}, providers: {providers}")
 
 
+def check_gpu() -> Check:
+    """Can learned tiles be decoded on a GPU. None is needed."""
+    from wsicodec.models.provider import INSTALL_CUDA, cuda_expected, cuda_problem
+
+    try:
+        problem, expected = cuda_problem(), cuda_expected()
+    except WsicodecError as error:  # onnxruntime's own check says what to do
+        return Check("gpu", True, f"not looked for: {error}")
+    if problem is None:
+        return Check("gpu", True, "CUDA works: onnxruntime's provider and numba's kernels")
+    detail = f"not used: {problem}"
+    return Check(
+        "gpu", not expected, detail if expected else f"{detail}; none is needed", INSTALL_CUDA
+    )
+
+
 def check_numba_cache() -> Check:
     """Can compiled code be kept, so that no process waits for the compiler twice."""
     name = "numba cache"
@@ -247,6 +263,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_versions,
     check_tifffile,
     check_onnxruntime,
+    check_gpu,
     check_numba_cache,
     check_threads,
     check_codecs,

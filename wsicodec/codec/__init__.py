@@ -37,6 +37,9 @@ CODECS = ("learned", "jpeg", "jpeg2000", "jpegxl", "avif", "webp", "lossless")
 
 Buffer = bytes | bytearray | memoryview
 DEVICES = ("auto", "cpu", "cuda")
+AUTO_PIXELS: int | None = None
+"""Pixels of learned tiles of one kind from which device "auto" asks for a GPU; None: never. So it
+is until decoding has been measured on one."""
 
 
 def codec_named(name: str) -> Codec:
@@ -111,12 +114,17 @@ def decode(data: Buffer, *, out: Image | None = None, device: str = "auto") -> I
     """Pixels of a tile, (rows, columns, 3) uint8, C-contiguous.
 
     out: array of exactly that shape to write into; it is returned.
-    device: ``auto`` and ``cpu`` run on the CPU; ``cuda`` needs a GPU runtime.
+    device: ``auto`` and ``cpu`` run on the CPU; ``cuda`` decodes learned tiles on a GPU.
 
-    Raises FormatError (TruncatedError, ChecksumError), LimitError, UnknownModelError.
+    Raises FormatError (TruncatedError, ChecksumError), LimitError, UnknownModelError;
+    RuntimeMissingError where CUDA is asked for and cannot be used.
     """
     _check_device(device)
     stream = bytes(data)
+    if device == "cuda" and bitstream.is_tile(stream):
+        image = _decode_on_gpu([bitstream.parse(stream)], None, device).get(0)
+        if image is not None:
+            return _into(out, image)
     image = codec_of(stream).decode(stream)
     return _into(out, image)
 
@@ -132,6 +140,10 @@ def decode_batch(
 
     Returns one (count, rows, columns, 3) array when all tiles have one size, else a list. Where it
     raises, what ``out`` holds is undefined.
+    device: ``auto`` runs on the CPU, for now; ``cuda`` decodes learned tiles on a CUDA GPU, and
+    tiles of other modes on the CPU.
+
+    Raises what ``decode`` raises.
     """
     _check_device(device)
     workers = thread_budget() if threads is None else threads
@@ -160,8 +172,33 @@ def decode_batch(
         for i, image in zip(group, images, strict=True):
             results[i] = image
 
-    _share_out(_groups(tiles, workers), run, workers)
+    done = _decode_on_gpu(tiles, target, device)
+    for i, image in done.items():
+        results[i] = image
+    # what the GPU has done is not done again
+    waiting = [i for i in range(len(streams)) if i not in done]
+    groups = _groups([tiles[i] for i in waiting], workers)
+    _share_out([[waiting[n] for n in group] for group in groups], run, workers)
     return [r for r in results if r is not None] if target is None else target
+
+
+def _decode_on_gpu(
+    tiles: Sequence[Tile | None], target: Image | None, device: str
+) -> dict[int, Image]:
+    """Pixels of the tiles that a GPU decoded, by index, in ``target`` where that is given."""
+    pixels = sum(t.height * t.width for t in tiles if t is not None and t.learned is not None)
+    if device == "cpu" or (device == "auto" and (AUTO_PIXELS is None or pixels < AUTO_PIXELS)):
+        return {}
+    # above this layer, and only used where a GPU may be
+    from wsicodec.pipelines.dispatch import decode_on_gpu, on_gpu
+
+    done: dict[int, Image] = {}
+    for group in on_gpu(tiles, device):
+        outs = None if target is None else [target[i] for i in group]
+        images = decode_on_gpu([t for i in group if (t := tiles[i]) is not None], outs, device)
+        if images is not None:
+            done.update(zip(group, images, strict=True))
+    return done
 
 
 def _groups(tiles: Sequence[Tile | None], workers: int) -> list[list[int]]:
@@ -242,7 +279,9 @@ def _check_device(device: str) -> None:
     if device not in DEVICES:
         raise SettingsError(f"device {device!r} is none of {', '.join(DEVICES)}")
     if device == "cuda":
-        raise SettingsError("device 'cuda' is not supported by this version; use 'auto' or 'cpu'")
+        from wsicodec.models.provider import require_cuda
+
+        require_cuda()
 
 
 def _check_out(out: Image, shape: tuple[int, ...]) -> None:
