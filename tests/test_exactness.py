@@ -10,8 +10,7 @@ decides nothing that a decoder must know, runs one way only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,14 @@ import pytest
 import second_decoder
 
 import wsicodec
+from tools.exactness.executions import (
+    Arrays,
+    Runner,
+    interpreter,
+    on_lattice,
+    onnxruntime_of,
+    whole_graphs,
+)
 from wsicodec.codec import learned, network
 from wsicodec.codec.network import encode_tile
 from wsicodec.entropy import kernel
@@ -33,49 +40,10 @@ from wsicodec.models.session import GraphRunner, IntegerRunner
 from wsicodec.models.store import encoder_of, find_model, models
 from wsicodec.models.vnni import available
 
-Arrays = Mapping[str, np.ndarray]
-Runner = Callable[[Arrays], list[np.ndarray]]
-
 SHIPPED = tuple(record.name for record in models() if record.shipped and record.encoder_path)
 MODELS = ("tiny", *SHIPPED)
 
 # -- ways to run a graph --
-
-
-def runtime(threads: int, optimise: bool, batch: int) -> Callable[[bytes], Runner]:
-    """onnxruntime. batch: the inputs run last among others of their shape."""
-
-    def build(graph: bytes) -> Runner:
-        runner = GraphRunner(graph, threads=threads, optimise=optimise)
-
-        def run(inputs: Arrays) -> list[np.ndarray]:
-            mixed = {
-                name: np.concatenate([*(np.roll(x, i, axis=-1) for i in range(1, batch)), x])
-                for name, x in inputs.items()
-            }
-            return [output[-1:] for output in runner(mixed)]
-
-        return run
-
-    return build
-
-
-def interpreter(graph: bytes) -> Runner:
-    """int64 NumPy; the types are the graph's."""
-    model = onnx.load_from_string(graph)
-    types = {
-        o.name: onnx.helper.tensor_dtype_to_np_dtype(o.type.tensor_type.elem_type)
-        for o in model.graph.output
-    }
-
-    def run(inputs: Arrays) -> list[np.ndarray]:
-        for x in inputs.values():
-            assert (x == np.rint(x)).all()
-        whole = {name: x[0].astype(np.int64) for name, x in inputs.items()}
-        outputs = second_decoder.run_graph(model, whole)
-        return [outputs[name].astype(types[name])[None] for name in types]
-
-    return run
 
 
 def with_torch(graph: bytes) -> Runner:
@@ -137,11 +105,13 @@ def torch_if_installed(graph: bytes) -> Runner:
 
 
 EXECUTIONS: dict[str, Callable[[bytes], Runner]] = {
-    "runtime": runtime(1, True, 1),
-    "two threads": runtime(2, True, 1),
-    "not optimised": runtime(1, False, 1),
-    "batch of four": runtime(1, True, 4),
-    "two threads, not optimised, batch of four": runtime(2, False, 4),
+    "runtime": onnxruntime_of(),
+    "two threads": onnxruntime_of(threads=2),
+    "not optimised": onnxruntime_of(level="DISABLE_ALL"),
+    "batch of four": onnxruntime_of(batch=4),
+    "two threads, not optimised, batch of four": onnxruntime_of(
+        threads=2, level="DISABLE_ALL", batch=4
+    ),
     "int64": interpreter,
     "torch": torch_if_installed,
 }
@@ -156,12 +126,6 @@ def files(name: str) -> bytes:
     return find_model(name).path.read_bytes()
 
 
-def real(inputs: Arrays) -> dict[str, np.ndarray]:
-    """Inputs of float32 graphs from those of ``IntegerRunner``."""
-    kept = {n: x.astype(np.float32) for n, x in inputs.items() if n != "magnitude"}
-    return {n: x - 128 if n == "context" else x for n, x in kept.items()}
-
-
 def levels(inputs: Arrays) -> dict[str, np.ndarray]:
     """The other way round."""
     eight = {n: x.astype(np.uint8) for n, x in inputs.items() if n in ("h", "plane")}
@@ -171,34 +135,9 @@ def levels(inputs: Arrays) -> dict[str, np.ndarray]:
     return eight
 
 
-def on_lattice(outputs: list[np.ndarray], lattice: int) -> list[np.ndarray]:
-    where = lattice_positions(lattice, *outputs[0].shape[2:])
-    return [np.ascontiguousarray(x.reshape(*x.shape[:2], -1)[..., where]) for x in outputs]
-
-
 def executed(file: bytes, build: Callable[[bytes], Runner] | None) -> DecoderModel:
     """The decoder model with all its graphs run this way, whole; None: as users run them."""
-    if build is None:
-        return load_decoder(file)
-    model, graphs = load_decoder(file, fused=False), container.parse(file).graphs
-
-    def hyper() -> Runner:
-        run = build(graphs["hyper"])
-
-        def call(inputs: Arrays) -> list[np.ndarray]:
-            h, step = run(real(inputs))
-            return [h.astype(np.uint8), step]
-
-        return call
-
-    def stage(k: int, lattice: int) -> Runner:
-        run = build(graphs[f"stage{k}"])
-        return lambda inputs: on_lattice(run(real(inputs)), lattice)
-
-    stages = [stage(k, s.lattice) for k, s in enumerate(model.architecture.stages)]
-    chain = build(graphs["chain"])
-    model.graphs = replace(model.graphs, hyper=hyper(), stages=stages, chain=chain)
-    return model
+    return load_decoder(file) if build is None else whole_graphs(file, build)
 
 
 @pytest.fixture
