@@ -38,9 +38,9 @@ from tools.exactness.reading import CODERS
 from tools.exactness.walks import WALKS, Walk, walked, walked_by_the_document
 from wsicodec.codec.network import decode_tile, decode_tiles
 from wsicodec.errors import ModelError
-from wsicodec.models import container
+from wsicodec.models import container, session
 from wsicodec.models.decoder import load_decoder
-from wsicodec.models.int8 import exact_kernels
+from wsicodec.models.int8 import exact_kernels, int8_graph
 from wsicodec.models.proof import SUM_BOUND
 from wsicodec.models.vnni import available
 
@@ -182,7 +182,7 @@ def test_plain_python_reads_the_vectors() -> None:
     assert comparison.compared == 2 * len(SOME_VECTORS)
 
 
-def test_vectors_models_are_too_small_for_programs() -> None:
+def test_programs_take_no_vectors_model() -> None:
     """Why there are walks."""
     comparison = Comparison()
     compare_vectors(comparison, SOME_VECTORS[:1], ["compiled"])
@@ -259,6 +259,37 @@ def test_compiled_code_of_lesser_machines_reads_alike(name: str, features: str) 
     assert differences == [] and compared == len(SOME_VECTORS) + 4 * len(SHIPPED)
     assert cpu == name and "%zmm" not in registers
     assert features.startswith("+avx2") or not registers
+
+
+@pytest.mark.parametrize("features", [{}, {"NUMBA_CPU_FEATURES": "+avx2,+fma"}])
+def test_programs_are_left_out_where_numba_compiles_for_less(features: dict[str, str]) -> None:
+    """LLVM would end the process: it has no other code for these instructions."""
+    script = (
+        "from tools.exactness.comparing import shipped\n"
+        "from wsicodec.models.decoder import load_decoder\n"
+        "print([load_decoder(file).fused for file in shipped().values()])"
+    )
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", **features}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, str([None] * len(SHIPPED))), done.stderr
+
+
+def test_a_runtime_without_an_8_bit_kernel_runs_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime 1.20 has no DepthToSpace of 8 bits."""
+
+    def lacking(graph: bytes) -> bytes:
+        model = onnx.load_model_from_string(int8_graph(graph))
+        model.graph.node[0].op_type = "NoSuchOperator"
+        return model.SerializeToString()
+
+    monkeypatch.setattr(session, "exact_kernels", lambda: True)
+    monkeypatch.setattr(session, "int8_graph", lacking)
+    model = load_decoder(SHIPPED["he-fast"], fused=False)
+    expected = recorded()["he-fast"]["walks"][WALKS[4].name]
+    assert walked(WALKS[4], model).digests() == expected
 
 
 # -- what is wrong is noticed --

@@ -3,8 +3,9 @@
 Encoders choose symbols with real numbers, so what they write may differ between machines. A walk's
 symbols come from SHAKE-256; classes, means and contexts follow from them in integers alone. Its
 tile, and every number that its networks gave, are therefore the same on every machine, and so are
-their hashes, which docs/exactness.json keeps. The models of the conformance vectors are too small
-for compiled programs and 8-bit kernels; these walks are for what runs a shipped model.
+their hashes, which docs/exactness.json keeps. Of the conformance vectors'
+models, 8-bit kernels take few layers and compiled programs none; walks are for what runs a shipped
+model.
 """
 
 from __future__ import annotations

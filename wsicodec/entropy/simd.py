@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,18 @@ def cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return frozenset(flags.split())
+
+
+def compiled_for(flags: Iterable[str]) -> bool:
+    """Whether numba compiles for instruction sets that the machine has. NUMBA_CPU_FEATURES, or the
+    CPU name "generic", may ask it for fewer (caches that several machines share)."""
+    from numba.core import config
+
+    asked: str | None = vars(config)["CPU_FEATURES"]
+    if asked is None:
+        return True
+    wanted = {f[1:] for f in asked.split(",") if f.startswith("+")}
+    return wanted >= {flag.replace("_", "") for flag in flags}  # LLVM's names
 
 
 def intrinsic_of(count: int, generate: Callable[..., None]) -> Any:

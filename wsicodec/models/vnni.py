@@ -26,6 +26,7 @@ from wsicodec.entropy.simd import (
     LANES,
     REAL,
     REALS,
+    compiled_for,
     cpu_flags,
     intrinsic_of,
     load,
@@ -42,9 +43,13 @@ VECTORS = 4
 """Vector registers of outputs in the widest call."""
 
 
+INSTRUCTIONS = frozenset(("avx512f", "avx512bw", "avx512_vnni"))
+
+
 def available() -> bool:
-    """Whether this machine has the instructions (Linux on x86 tells)."""
-    return cpu_flags() >= {"avx512f", "avx512bw", "avx512_vnni"}
+    """Whether this machine has the instructions (Linux on x86 tells), and code is compiled for
+    them: for another target than the machine itself LLVM ends the process."""
+    return cpu_flags() >= INSTRUCTIONS and compiled_for(INSTRUCTIONS)
 
 
 def _dot_products(vectors: int, wide: bool) -> Any:
