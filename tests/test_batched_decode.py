@@ -38,7 +38,7 @@ from wsicodec.errors import (
     UnsupportedError,
     WsicodecError,
 )
-from wsicodec.models import provider
+from wsicodec.models import provider, session
 from wsicodec.models.decoder import DecoderModel, load_decoder
 from wsicodec.models.encoder import load_encoder
 from wsicodec.models.session import GraphRunner
@@ -641,7 +641,7 @@ def test_a_session_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         return ort.InferenceSession(graph, options, providers=[provider.CPU])
 
     fake = SimpleNamespace(SessionOptions=ort.SessionOptions, InferenceSession=silent)
-    monkeypatch.setattr(provider, "runtime", lambda: fake)
+    monkeypatch.setattr(session, "runtime", lambda: fake)
     with pytest.raises(UnsupportedError, match="fell back"):
         provider.session_of(provider._doubling(), provider.Provider(cuda=True, stream=77))
     name, options = asked[0]

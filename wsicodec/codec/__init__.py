@@ -186,8 +186,7 @@ def _decode_on_gpu(
     tiles: Sequence[Tile | None], target: Image | None, device: str
 ) -> dict[int, Image]:
     """Pixels of the tiles that a GPU decoded, by index, in ``target`` where that is given."""
-    pixels = sum(t.height * t.width for t in tiles if t is not None and t.learned is not None)
-    if device == "cpu" or (device == "auto" and (AUTO_PIXELS is None or pixels < AUTO_PIXELS)):
+    if device == "cpu" or (device == "auto" and AUTO_PIXELS is None):
         return {}
     # above this layer, and only used where a GPU may be
     from wsicodec.pipelines.dispatch import decode_on_gpu, on_gpu

@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from wsicodec.errors import ModelError, RuntimeMissingError, UnsupportedError
-from wsicodec.models.session import runtime
+from wsicodec.errors import RuntimeMissingError, UnsupportedError
+from wsicodec.models.session import CPU, load_session, runtime
 
 CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 INSTALL_CUDA = 'pip install "wsicodec[gpu]"'
 
 _state = {"forked": False}
@@ -63,18 +62,8 @@ class Provider:
 def session_of(graph: bytes, provider: Provider) -> Any:
     """An onnxruntime session. Raises ModelError where the graph does not load, UnsupportedError
     where onnxruntime would not run it on CUDA after all."""
-    ort = runtime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = provider.threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
     wanted: list[Any] = [(CUDA, provider.options()), CPU] if provider.cuda else [CPU]
-    try:
-        session = ort.InferenceSession(graph, options, providers=wanted)
-    except Exception as error:  # onnxruntime's own types, which differ by release
-        raise ModelError(f"onnxruntime cannot load a graph of the model: {error}") from error
+    session = load_session(graph, wanted, threads=provider.threads)
     if provider.cuda and CUDA not in session.get_providers():
         raise UnsupportedError(f"onnxruntime fell back to {', '.join(session.get_providers())}")
     return session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from wsicodec.models.int8 import EIGHT_BIT_INPUTS, MAGNITUDE, exact_kernels, int
 from wsicodec.models.lattice import lattice_graph, lattice_positions
 
 INSTALL_LINE = 'pip install "wsicodec[cpu]"  (or "wsicodec[gpu]" on a machine with a CUDA GPU)'
+CPU = "CPUExecutionProvider"
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +38,27 @@ def runtime() -> Any:
             f"Uninstall both, then: {INSTALL_LINE}"
         )
     return onnxruntime
+
+
+def load_session(
+    graph: bytes, providers: Sequence[Any], *, threads: int = 1, optimise: bool = True
+) -> Any:
+    """An onnxruntime session on the first of the providers that works; ModelError where the graph
+    does not load."""
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    # the arena keeps the largest tile's buffers for ever; tiles of many sizes would grow it
+    options.enable_cpu_mem_arena = False
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(graph, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's own types, which differ by release
+        raise ModelError(f"onnxruntime cannot load a graph of the model: {error}") from error
 
 
 class GraphRunner:
@@ -63,20 +85,7 @@ class GraphRunner:
         return self._session_of(self._graph)
 
     def _session_of(self, graph: bytes) -> Any:
-        ort = runtime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        # the arena keeps the largest tile's buffers for ever; tiles of many sizes would grow it
-        options.enable_cpu_mem_arena = False
-        if not self._optimise:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own types, which differ by release
-            raise ModelError(f"onnxruntime cannot load a graph of the model: {error}") from error
+        return load_session(graph, [CPU], threads=self._threads, optimise=self._optimise)
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Outputs in the graph's order."""
